@@ -1,0 +1,53 @@
+# One command each; every target makes its own environment and works offline once that exists.
+PYTHON ?= python3
+VENV   ?= .venv
+NEWEST ?= .venv-newest
+RUN     = $(VENV)/bin/python
+WORKERS ?= 2
+export JAX_PLATFORMS ?= cpu
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test check format notebooks bench test-newest test-gpu clean
+
+demo: $(VENV)/.ready
+	$(RUN) -m gqa_jax demo
+
+test: $(VENV)/.ready
+	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal tests
+
+check: $(VENV)/.ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m basedpyright
+	$(RUN) -m pytest -q -p no:cacheprovider tests/test_house.py
+
+format: $(VENV)/.ready
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+notebooks: $(VENV)/.ready
+	$(RUN) -m pytest -q tests/test_notebooks.py
+
+bench: $(VENV)/.ready
+	$(RUN) -m benchmarks.run
+
+# JAX 0.12.x without torch: the core must not need it.
+test-newest: $(NEWEST)/.ready
+	$(NEWEST)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not torch" tests
+
+test-gpu: $(VENV)/.ready
+	JAX_PLATFORMS=cuda,cpu GQA_JAX_TEST_PLATFORM=gpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(RUN) -m pytest -q -m gpu tests
+
+$(VENV)/.ready: pyproject.toml constraints/default.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 12), f"Python 3.12 or newer is needed, got {sys.version}"'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints/default.txt -e '.[torch,hf,export,test,dev]'
+	touch $@
+
+$(NEWEST)/.ready: pyproject.toml constraints/newest.txt
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check -c constraints/newest.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info

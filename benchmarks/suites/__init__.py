@@ -1,0 +1,1 @@
+"""One module per suite: `TESTS` (what must be green first) and `measure(quick) -> list of rows`."""

@@ -1,0 +1,1 @@
+"""Flax NNX modules for grouped-query attention and gated delta linear attention."""

@@ -1,0 +1,1 @@
+"""PyTorch and Hugging Face call the operators and modules of this distribution."""

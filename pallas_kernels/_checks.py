@@ -1,0 +1,65 @@
+"""Errors about what the caller passed, in one grammar: "`argument` must <rule>, got <value>"."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def check_array(name: str, array: Any, letters: str, sizes: dict[str, int]) -> None:
+    """Checks `array` against a shape like ``"B T N D"`` and binds letters that are new.
+
+    Args:
+      name: the argument's name, for the message.
+      array: anything with `shape` and `dtype`.
+      letters: one letter (or word) per dimension; ``1`` in a shape never stands for a letter.
+      sizes: sizes bound so far; letters seen for the first time are added.
+
+    Raises:
+      TypeError: `array` is not an array.
+      ValueError: wrong rank, or a size that contradicts one bound before.
+    """
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise TypeError(f"`{name}` must be an array, got {type(array).__name__}")
+    names = letters.split()
+    shape = tuple(array.shape)
+    if len(shape) != len(names):
+        raise ValueError(f"`{name}` must have shape [{', '.join(names)}], got {shape}")
+    for letter, size in zip(names, shape, strict=True):
+        if sizes.setdefault(letter, size) != size:
+            expected = ", ".join(f"{n}={sizes[n]}" if n in sizes else n for n in names)
+            raise ValueError(f"`{name}` must have shape [{expected}], got {shape}")
+
+
+def check_float(name: str, array: Any) -> None:
+    """Raises `TypeError` unless `array` is floating point."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"`{name}` must be floating point, got {array.dtype}")
+
+
+def check_integer(name: str, array: Any) -> None:
+    """Raises `TypeError` unless `array` is an integer array."""
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"`{name}` must be an integer array, got {array.dtype}")
+
+
+def check_same_dtype(names: Sequence[str], arrays: Sequence[Any]) -> None:
+    """Raises `TypeError` unless all arrays share one dtype."""
+    dtypes = [a.dtype for a in arrays]
+    if len(set(dtypes)) > 1:
+        listed = ", ".join(f"`{n}` {d}" for n, d in zip(names, dtypes, strict=True))
+        raise TypeError(f"{', '.join(f'`{n}`' for n in names)} must share one dtype, got {listed}")
+
+
+def check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    """Raises `ValueError` unless `value` is a positive multiple of `divisor`."""
+    if divisor < 1 or value < 1 or value % divisor:
+        raise ValueError(
+            f"`{name}={value}` must be a positive multiple of `{divisor_name}={divisor}`"
+        )
+
+
+def check_one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raises `ValueError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")

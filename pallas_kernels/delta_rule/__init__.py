@@ -1,0 +1,1 @@
+"""The gated delta rule: linear attention with a decaying, error-correcting state."""

@@ -1,0 +1,46 @@
+"""The climate of every test: eight CPU devices, strict promotion, nothing skipped in silence."""
+
+import os
+
+import jax
+import pytest
+
+if os.environ.get("GQA_JAX_TEST_PLATFORM", "cpu") == "cpu":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+REQUIRE_TORCH = os.environ.get("GQA_JAX_REQUIRE_TORCH") == "1"
+
+try:
+    import torch
+except ImportError:
+    torch = None
+    if REQUIRE_TORCH:
+        raise
+else:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("torch") and torch is None:
+            item.add_marker(pytest.mark.skip(reason="PyTorch is not installed"))
+        if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+@pytest.fixture
+def x64():
+    """64-bit types inside one test: oracles run in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def loose_promotion():
+    """JAX's default promotion, for third-party code (optax, orbax) that relies on it."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

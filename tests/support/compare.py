@@ -1,0 +1,59 @@
+"""Tolerances: the only place where a test says how equal is equal, each derived from a dtype."""
+
+import numpy as np
+
+
+def _float64(array) -> np.ndarray:
+    if hasattr(array, "detach"):
+        array = array.detach().to("cpu").double()
+    return np.asarray(array).astype(np.float64)
+
+
+def relative_error(actual, expected) -> float:
+    """`||actual - expected|| / ||expected||` in float64 (the absolute norm where `expected` is zero)."""
+    actual, expected = _float64(actual), _float64(expected)
+    assert actual.shape == expected.shape, f"shapes differ: {actual.shape} and {expected.shape}"
+    norm = np.linalg.norm(expected)
+    return float(np.linalg.norm(actual - expected) / (norm if norm > 0 else 1.0))
+
+
+def assert_close(actual, expected, *, atol: float, rtol: float = 0.0, what: str = "") -> None:
+    """Element-wise `|actual - expected| <= atol + rtol |expected|`; names the worst element."""
+    actual, expected = _float64(actual), _float64(expected)
+    assert actual.shape == expected.shape, (
+        f"{what}: shapes differ: {actual.shape} and {expected.shape}"
+    )
+    assert np.isfinite(actual).all(), (
+        f"{what}: {np.count_nonzero(~np.isfinite(actual))} values are not finite"
+    )
+    excess = np.abs(actual - expected) - (atol + rtol * np.abs(expected))
+    if excess.size and excess.max() > 0:
+        worst = np.unravel_index(int(excess.argmax()), excess.shape)
+        raise AssertionError(
+            f"{what}: {np.count_nonzero(excess > 0)} of {excess.size} differ; worst at {tuple(map(int, worst))}: "
+            f"{actual[worst]!r} against {expected[worst]!r} (atol={atol}, rtol={rtol})"
+        )
+
+
+def assert_bitwise_equal(actual, expected, *, what: str = "") -> None:
+    """Same dtype, shape and bits; names the first element that differs."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype, (
+        f"{what}: dtypes differ: {actual.dtype} and {expected.dtype}"
+    )
+    assert actual.shape == expected.shape, (
+        f"{what}: shapes differ: {actual.shape} and {expected.shape}"
+    )
+    left = (
+        np.ascontiguousarray(actual).reshape(-1).view(np.uint8).reshape(-1, actual.dtype.itemsize)
+    )
+    right = (
+        np.ascontiguousarray(expected).reshape(-1).view(np.uint8).reshape(-1, actual.dtype.itemsize)
+    )
+    differs = (left != right).any(axis=1)
+    if differs.any():
+        first = np.unravel_index(int(differs.argmax()), actual.shape)
+        raise AssertionError(
+            f"{what}: {int(differs.sum())} of {differs.size} differ; first at {tuple(map(int, first))}: "
+            f"{actual[first]!r} against {expected[first]!r}"
+        )

@@ -1,0 +1,162 @@
+"""The dependency law of the house (docs/DESIGN.md), read from the source text: imports nothing, needs no GPU."""
+
+import ast
+import pathlib
+import re
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+MAY_NAME = {  # room -> roots its files may import, besides the standard library
+    "pallas_kernels": {"jax", "numpy", "jaxtyping", "pallas_kernels"},
+    "gqa_jax": {
+        "jax",
+        "numpy",
+        "jaxtyping",
+        "flax",
+        "pallas_kernels",
+        "gqa_jax",
+        "optax",
+        "orbax",
+        "safetensors",
+        "tqdm",
+        "matplotlib",
+    },
+    "interop": {
+        "jax",
+        "numpy",
+        "jaxtyping",
+        "flax",
+        "torch",
+        "transformers",
+        "pallas_kernels",
+        "gqa_jax",
+        "interop",
+    },
+}
+# Files that may name a root that their room may not, with the reason.
+EXCEPTIONS = {
+    "gqa_jax/demo.py": {"interop"},  # the demo shows the bridge when torch is installed
+    "pallas_kernels/decode/triton.py": {"jax_triton", "triton"},
+    "pallas_kernels/delta_rule/triton.py": {"jax_triton", "triton"},
+}
+SIBLINGS = {  # inside one operator: file -> siblings it may import
+    "api": {"reference", "blockwise", "chunked", "cudnn", "vjp", "tuning", "algebra"},
+    "vjp": {
+        "mosaic_gpu_fwd",
+        "mosaic_gpu_bwd",
+        "mosaic_gpu_step",
+        "blockwise",
+        "chunked",
+        "reference",
+        "tuning",
+        "algebra",
+    },
+    "mosaic_gpu_fwd": {"tuning", "algebra"},
+    "mosaic_gpu_bwd": {"tuning", "algebra"},
+    "mosaic_gpu_step": {"tuning", "algebra"},
+    "reference": {"algebra"},
+    "blockwise": {"algebra", "tuning"},
+    "chunked": {"algebra", "tuning"},
+    "cudnn": {"algebra"},
+    "triton": {"tuning", "algebra"},
+    "tuning": set(),
+    "algebra": set(),
+}
+LINES = {"mosaic_gpu_fwd": 600, "mosaic_gpu_bwd": 700}
+# path -> budget; each has its reason in docs/DESIGN.md, "Budgets exceeded".
+OVER_BUDGET: dict[str, int] = {}
+AXIS_POLICY = ("gqa_jax/sharding.py", "gqa_jax/context_parallel/")
+
+FILES = sorted(path for room in MAY_NAME for path in (ROOT / room).rglob("*.py"))
+NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+
+
+def imported_names(source: str):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_imports_stay_inside_the_law(name):
+    path = ROOT / name
+    room, *inner = path.relative_to(ROOT).with_suffix("").parts
+    names = set(imported_names(path.read_text()))
+    stem = inner[-1]
+
+    allowed = set(sys.stdlib_module_names) | MAY_NAME[room] | EXCEPTIONS.get(name, set())
+    strangers = {n.split(".")[0] for n in names} - allowed
+    assert not strangers, f"{room} may not import {sorted(strangers)}"
+
+    if "mosaic_gpu" not in stem:
+        pallas = {n for n in names if "experimental.pallas" in n}
+        assert not pallas, f"only mosaic_gpu files may import {sorted(pallas)}"
+
+    if room in ("gqa_jax", "interop"):
+        deep = {n for n in names if n.startswith("pallas_kernels.") and n.count(".") > 1}
+        assert not deep, f"{room} uses public kernel names, not {sorted(deep)}"
+
+    if room == "pallas_kernels" and len(inner) >= 2:
+        own = f"pallas_kernels.{inner[0]}"
+        mine = {
+            n.removeprefix(own).lstrip(".").split(".")[0]
+            for n in names
+            if n.startswith(f"{own}.") or n == own
+        }
+        role = inner[1]
+        wrong = mine - SIBLINGS.get(role, set()) - {role}
+        assert stem == "__init__" or not wrong, f"{role}.py may not import {sorted(wrong)}"
+        other = {n for n in names if n.startswith("pallas_kernels.") and not n.startswith(own)}
+        other = {n for n in other if not n.split(".")[1].startswith("_")}
+        assert not other, f"an operator may not import another one: {sorted(other)}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_length_budget(name):
+    path = ROOT / name
+    budget = OVER_BUDGET.get(name, LINES.get(path.stem, 400))
+    lines = len(path.read_text().splitlines())
+    assert lines <= budget, f"{lines} lines, over its budget of {budget}"
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n.startswith("gqa_jax/") and not n.startswith(AXIS_POLICY)]
+)
+def test_mesh_axes_are_named_in_one_room(name):
+    source = (ROOT / name).read_text()
+    assert not re.search(r"\bPartitionSpec\b", source), (
+        "PartitionSpecs belong in gqa_jax/sharding.py"
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_drawer_names(name):
+    stem = pathlib.Path(name).stem
+    assert stem not in {"utils", "common", "base", "helpers", "misc"}
+    assert not re.search(r"_(v\d+|new|wip|fast|utils)$", stem)
+
+
+def test_every_operator_file_has_a_known_role():
+    rooms = [
+        p for p in (ROOT / "pallas_kernels").iterdir() if p.is_dir() and (p / "api.py").exists()
+    ]
+    assert rooms
+    for room in rooms:
+        roles = {
+            p.stem
+            for p in room.iterdir()
+            if p.suffix == ".py" or (p.is_dir() and p.name != "__pycache__")
+        }
+        assert roles - {"__init__"} <= set(SIBLINGS), (
+            f"{room.name}: {sorted(roles - set(SIBLINGS))}"
+        )
+
+
+def test_no_folder_bears_the_name_of_a_function_it_exports():
+    exported = set(re.findall(r" as (\w+)", (ROOT / "pallas_kernels/__init__.py").read_text()))
+    folders = {p.name for p in (ROOT / "pallas_kernels").iterdir() if p.is_dir()}
+    assert not exported & folders
