@@ -1,1 +1,15 @@
 """Flax NNX modules for grouped-query attention and gated delta linear attention."""
+
+from gqa_jax.attention import SelfAttention as SelfAttention
+from gqa_jax.cache import GatedDeltaNetState as GatedDeltaNetState
+from gqa_jax.cache import KVCache as KVCache
+from gqa_jax.config import AttentionConfig as AttentionConfig
+from gqa_jax.config import DecoderConfig as DecoderConfig
+from gqa_jax.config import GatedDeltaNetConfig as GatedDeltaNetConfig
+from gqa_jax.config import LinearScaling as LinearScaling
+from gqa_jax.config import Llama3Scaling as Llama3Scaling
+from gqa_jax.config import MoEConfig as MoEConfig
+from gqa_jax.config import RopeConfig as RopeConfig
+from gqa_jax.config import YarnScaling as YarnScaling
+from gqa_jax.gated_deltanet import GatedDeltaNet as GatedDeltaNet
+from gqa_jax.norms import RMSNorm as RMSNorm

@@ -1,0 +1,246 @@
+"""Gated DeltaNet (arXiv 2412.06464): short convolution, gated delta rule, gated norm."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from gqa_jax.cache import GatedDeltaNetState, check_step
+from gqa_jax.config import GatedDeltaNetConfig
+from gqa_jax.masks import right_padding_segment_ids
+from gqa_jax.norms import GatedRMSNorm
+from gqa_jax.projection import Projection
+from pallas_kernels import causal_conv1d, gated_delta_rule, gated_delta_rule_step
+
+MAX_DECODE_TOKENS = 8  # what `gated_delta_rule_step` takes; longer steps are prefill
+
+
+class DepthwiseConv(nnx.Module):
+    """Parameters of the causal convolution, with the channels kept by key head.
+
+    Attributes:
+      kernel: `[W, Hk, 2 Dk + n Dv]`; the last tap multiplies the current token.
+      bias: `[Hk, 2 Dk + n Dv]`, or None.
+    """
+
+    def __init__(
+        self, width: int, channels: tuple[int, int], *, use_bias: bool, rngs: nnx.Rngs, param_dtype
+    ):
+        limit = width**-0.5  # fan-in of a depthwise filter is its width
+        shape = (width, *channels)
+        self.kernel = nnx.Param(
+            jax.random.uniform(rngs.params(), shape, jnp.float32, -limit, limit).astype(param_dtype)
+        )
+        self.bias = nnx.Param(jnp.zeros(channels, param_dtype)) if use_bias else None
+
+    def __call__(
+        self, x: Array, *, initial_state: Array | None, segment_ids: Array | None
+    ) -> tuple[Array, Array]:
+        """SiLU(conv(x)) of `[B, T, Hk, F]`, and the `[B, W, Hk, F]` inputs that a continuation needs."""
+        width, heads, channels = self.kernel.shape
+        flat = heads * channels
+        if initial_state is not None:
+            initial_state = initial_state.reshape(-1, width, flat).astype(x.dtype)
+        out, final = causal_conv1d(
+            x.reshape(*x.shape[:2], flat),
+            self.kernel[...].reshape(width, flat).astype(x.dtype),
+            bias=None if self.bias is None else self.bias[...].reshape(flat).astype(x.dtype),
+            activation="silu",
+            initial_state=initial_state,
+            segment_ids=segment_ids,
+        )
+        return out.reshape(x.shape), final.reshape(-1, width, heads, channels)
+
+
+class GatedDeltaNet(nnx.Module):
+    """Gated DeltaNet with the semantics of Qwen3-Next and Qwen3.5: `__call__` trains, `step` advances a state.
+
+    Value head j uses key head j // n. Decay, write strength, norms and state are float32 whatever the dtype of
+    the model.
+
+    Attributes:
+      in_proj: kernel `[M, Hk, 2 Dk + 2 n Dv]`, per key head queries, keys, values, output gates.
+      ba: kernel `[M, Hk, 2 n]`, per key head the logits of the write strength, then of the decay.
+      conv: kernel `[W, Hk, 2 Dk + n Dv]`.
+      A_log, dt_bias: `[Hk, n]` float32; `g = -exp(A_log) * softplus(a + dt_bias)`.
+      norm: scale `[Dv]`.
+      out: kernel `[Hk, n, Dv, M]`.
+    """
+
+    def __init__(
+        self, config: GatedDeltaNetConfig, *, rngs: nnx.Rngs, dtype=None, param_dtype=jnp.float32
+    ):
+        """Builds the layer; arguments as for `SelfAttention`."""
+        self.config = config
+        heads, per_key = config.num_key_heads, config.v_per_key
+        key_dim, value_dim = config.key_head_dim, config.value_head_dim
+        common = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        width = 2 * key_dim + 2 * per_key * value_dim
+        self.in_proj = Projection((config.model_dim,), (heads, width), **common)
+        self.ba = Projection((config.model_dim,), (heads, 2 * per_key), **common)
+        self.conv = DepthwiseConv(
+            config.conv_width,
+            (heads, 2 * key_dim + per_key * value_dim),
+            use_bias=config.conv_bias,
+            rngs=rngs,
+            param_dtype=param_dtype,
+        )
+        low, high = config.A_init_range
+        decay = jax.random.uniform(rngs.params(), (heads, per_key), jnp.float32, low, high)
+        self.A_log = nnx.Param(jnp.log(jnp.maximum(decay, low)))
+        self.dt_bias = nnx.Param(_initial_dt_bias(config, rngs))
+        self.norm = GatedRMSNorm(
+            value_dim,
+            eps=config.norm_eps,
+            zero_centred=config.norm_zero_centred,
+            param_dtype=param_dtype,
+        )
+        self.out = Projection((heads, per_key, value_dim), (config.model_dim,), **common)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T M"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T M"]:
+        """The layer over whole rows, each from an empty state.
+
+        Args:
+          x: `[B, T, M]`.
+          segment_ids: `[B, T]`; convolution and state start anew where the id changes; negative ids are padding,
+            on either side of a row.
+
+        Returns:
+          `[B, T, M]`.
+
+        Raises:
+          ValueError: shapes that do not fit.
+        """
+        self._check_width(x)
+        out, _, _ = self._run(x, None, None, segment_ids)
+        return out
+
+    def init_cache(
+        self, batch_size: int, max_length: int | None = None, *, dtype=None
+    ) -> GatedDeltaNetState:
+        """An empty state.
+
+        Args:
+          batch_size: B.
+          max_length: not needed: the state has one size for any number of tokens.
+          dtype: of the convolution's inputs; None means the dtype of the computation. The state is float32.
+
+        Raises:
+          ValueError: `batch_size` is not positive.
+        """
+        del max_length
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be positive, got {batch_size}")
+        config = self.config
+        dtype = dtype or self.in_proj.dtype or self.in_proj.kernel[...].dtype
+        return GatedDeltaNetState(
+            conv=jnp.zeros((batch_size, *self.conv.kernel.shape), dtype),
+            state=jnp.zeros(
+                (batch_size, config.num_value_heads, config.key_head_dim, config.value_head_dim),
+                jnp.float32,
+            ),
+            length=jnp.zeros((batch_size,), jnp.int32),
+        )
+
+    def step(
+        self,
+        x: Float[Array, "B T M"],
+        cache: GatedDeltaNetState,
+        *,
+        lengths: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T M"], GatedDeltaNetState]:
+        """Advances each row by T >= 1 tokens: prefill, in any split, and decoding.
+
+        Args:
+          x: `[B, T, M]`, right-padded.
+          cache: what `init_cache` or the last step returned. Donate it, and it is updated in place.
+          lengths: `[B]`, how many of the T tokens are real; None means all. Padding leaves the state untouched.
+
+        Returns:
+          `[B, T, M]` (rows beyond `lengths` hold no meaning) and the advanced state.
+
+        Raises:
+          ValueError: shapes that do not fit.
+        """
+        check_step(x, cache, lengths)
+        self._check_width(x)
+        batch, num_new = x.shape[:2]
+        segment_ids = None
+        if lengths is None:
+            lengths = jnp.full((batch,), num_new, jnp.int32)
+        else:
+            segment_ids = right_padding_segment_ids(lengths, num_new)
+        out, conv, state = self._run(x, cache.conv, cache.state, segment_ids)
+        length = (cache.length + lengths).astype(jnp.int32)
+        return out, GatedDeltaNetState(conv.astype(cache.conv.dtype), state, length)
+
+    def _check_width(self, x: Array) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.config.model_dim:
+            raise ValueError(
+                f"`x` must have shape [B, T, M={self.config.model_dim}], got {x.shape}"
+            )
+
+    def _run(
+        self, x: Array, conv: Array | None, state: Array | None, segment_ids: Array | None
+    ) -> tuple[Array, Array, Array]:
+        config = self.config
+        batch, length = x.shape[:2]
+        key_dim, value_dim = config.key_head_dim, config.value_head_dim
+        values = config.v_per_key * value_dim
+        projected = self.in_proj(x)  # [B, T, Hk, q | k | v | z]
+        mixed, gate = projected[..., :-values], projected[..., -values:]
+        mixed, conv = self.conv(mixed, initial_state=conv, segment_ids=segment_ids)
+        query, key = mixed[..., :key_dim], mixed[..., key_dim : 2 * key_dim]
+        per_value_head = (batch, length, config.num_value_heads, value_dim)
+        value = mixed[..., 2 * key_dim :].reshape(per_value_head)
+        g, beta = self._gates(x)
+        if state is not None and length <= MAX_DECODE_TOKENS:
+            if segment_ids is not None:  # g = 0 and beta = 0 leave the state as it is, bit by bit
+                pads = (segment_ids < 0)[..., None]
+                g, beta = (jnp.where(pads, jnp.zeros((), v.dtype), v) for v in (g, beta))
+            result = gated_delta_rule_step(query, key, value, g, beta, state, use_qk_l2norm=True)
+        else:
+            result = gated_delta_rule(
+                query,
+                key,
+                value,
+                g,
+                beta,
+                initial_state=state,
+                segment_ids=segment_ids,
+                use_qk_l2norm=True,
+            )
+        out = self.norm(result.out, gate.reshape(per_value_head))
+        out = out.reshape(batch, length, config.num_key_heads, config.v_per_key, value_dim)
+        return self.out(out), conv, result.final_state
+
+    def _gates(self, x: Array) -> tuple[Array, Array]:
+        """Log decay `g <= 0` and write strength `beta`, both `[B, T, Hv]` float32."""
+        config = self.config
+        logits = self.ba(x).astype(jnp.float32)  # [B, T, Hk, b | a]
+        write, decay = logits[..., : config.v_per_key], logits[..., config.v_per_key :]
+        beta = jax.nn.sigmoid(write)
+        if config.allow_negative_eigenvalues:
+            beta = 2.0 * beta
+        dt_bias, A_log = (
+            p[...].astype(jnp.float32)[None, None] for p in (self.dt_bias, self.A_log)
+        )
+        g = -jnp.exp(A_log) * jax.nn.softplus(decay + dt_bias)
+        flat = (*x.shape[:2], config.num_value_heads)
+        return g.reshape(flat), beta.reshape(flat)
+
+
+def _initial_dt_bias(config: GatedDeltaNetConfig, rngs: nnx.Rngs) -> Array:
+    shape = (config.num_key_heads, config.v_per_key)
+    if config.decay_init == "ones":
+        return jnp.ones(shape, jnp.float32)
+    low, high = math.log(1e-3), math.log(1e-1)
+    step = jnp.exp(jax.random.uniform(rngs.params(), shape, jnp.float32, low, high))
+    return step + jnp.log(-jnp.expm1(-step))  # softplus(dt_bias) == step

@@ -1,0 +1,50 @@
+"""Linear projection whose kernel keeps its group and head axes, so that a shard is whole groups."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+
+class Projection(nnx.Module):
+    """`x @ kernel + bias` over the last `len(in_shape)` axes of x.
+
+    Attributes:
+      kernel: `[*in_shape, *out_shape]`.
+      bias: `[*out_shape]`, or None.
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        *,
+        rngs: nnx.Rngs,
+        use_bias: bool = False,
+        dtype=None,
+        param_dtype=jnp.float32,
+    ):
+        self.num_in = len(in_shape)
+        self.dtype = dtype
+        deviation = math.prod(in_shape) ** -0.5
+        kernel = jax.random.truncated_normal(
+            rngs.params(),
+            -2,
+            2,
+            (*in_shape, *out_shape),
+            jnp.promote_types(param_dtype, jnp.float32),
+        )
+        self.kernel = nnx.Param((kernel * (deviation / 0.8796)).astype(param_dtype))
+        self.bias = nnx.Param(jnp.zeros(out_shape, param_dtype)) if use_bias else None
+
+    def __call__(self, x: Array) -> Array:
+        """Returns `[..., *out_shape]` in `dtype`, or in the dtype that x and the kernel promote to."""
+        kernel = self.kernel[...]
+        dtype = self.dtype or jnp.promote_types(x.dtype, kernel.dtype)
+        out = jnp.tensordot(x.astype(dtype), kernel.astype(dtype), axes=self.num_in)
+        if self.bias is not None:
+            bias = self.bias[...].astype(dtype)
+            out = out + bias.reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
+        return out
