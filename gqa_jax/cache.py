@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
@@ -113,21 +114,23 @@ def check_step(x: Array, cache, lengths: Array | None) -> None:
             raise ValueError(f"`lengths` must have shape [B={x.shape[0]}], got {lengths.shape}")
         if not jnp.issubdtype(lengths.dtype, jnp.integer):
             raise TypeError(f"`lengths` must be an integer array, got {lengths.dtype}")
-        if _readable(lengths) and bool(((lengths < 0) | (lengths > num_new)).any()):
-            raise ValueError(f"`lengths` must lie in [0, T={num_new}], got {lengths.tolist()}")
+        known = _read(lengths)
+        if known is not None and ((known < 0) | (known > num_new)).any():
+            raise ValueError(f"`lengths` must lie in [0, T={num_new}], got {known.tolist()}")
     if not isinstance(cache, KVCache):
         return
     if num_new > cache.capacity:
         raise ValueError(
             f"`cache` must hold at least T={num_new} tokens, got capacity {cache.capacity}"
         )
-    if _readable(cache.length) and (lengths is None or _readable(lengths)):
-        needed = int((cache.length + (num_new if lengths is None else lengths)).max())
-        if needed > cache.capacity:
-            raise ValueError(
-                f"`cache` must hold {needed} tokens after this step, got capacity {cache.capacity}"
-            )
+    held = _read(cache.length)
+    added = np.asarray(num_new) if lengths is None else _read(lengths)
+    if held is not None and added is not None and (held + added).max() > cache.capacity:
+        raise ValueError(
+            f"`cache` must hold {(held + added).max()} tokens after this step, got capacity {cache.capacity}"
+        )
 
 
-def _readable(array) -> bool:
-    return not isinstance(array, Tracer)
+def _read(array: Array) -> np.ndarray | None:
+    """The values, where they can be known now."""
+    return None if isinstance(array, Tracer) else np.asarray(array)

@@ -5,13 +5,14 @@ Flax's `nnx.RMSNorm(dtype=bfloat16)` promotes implicitly and so fails under stri
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 
 def rms_normalize(x: Float[Array, "... D"], *, eps: float) -> Float[Array, "... D"]:
     """`x / sqrt(mean(x^2) + eps)` over the last axis, in float32 (float64 for float64)."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(np.promote_types(x.dtype, np.float32))
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
     return wide * jax.lax.rsqrt(mean_square + jnp.asarray(eps, wide.dtype))
 

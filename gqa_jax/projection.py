@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -34,7 +35,7 @@ class Projection(nnx.Module):
             -2,
             2,
             (*in_shape, *out_shape),
-            jnp.promote_types(param_dtype, jnp.float32),
+            np.promote_types(param_dtype, np.float32),
         )
         self.kernel = nnx.Param((kernel * (deviation / 0.8796)).astype(param_dtype))
         self.bias = nnx.Param(jnp.zeros(out_shape, param_dtype)) if use_bias else None
@@ -42,7 +43,7 @@ class Projection(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Returns `[..., *out_shape]` in `dtype`, or in the dtype that x and the kernel promote to."""
         kernel = self.kernel[...]
-        dtype = self.dtype or jnp.promote_types(x.dtype, kernel.dtype)
+        dtype = self.dtype or np.promote_types(x.dtype, kernel.dtype)
         out = jnp.tensordot(x.astype(dtype), kernel.astype(dtype), axes=self.num_in)
         if self.bias is not None:
             bias = self.bias[...].astype(dtype)

@@ -116,7 +116,7 @@ def apply_rotary(
 ) -> Float[Array, "B T H D"]:
     """Rotates the first `2 * half` channels of each head, in float32; the rest pass through."""
     half = cos.shape[-1]
-    wide = x[..., : 2 * half].astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x[..., : 2 * half].astype(np.promote_types(x.dtype, np.float32))
     cos, sin = (table.astype(wide.dtype)[:, :, None, :] for table in (cos, sin))
     if pairing == "half":
         first, second = wide[..., :half], wide[..., half:]
