@@ -1,0 +1,71 @@
+"""Importing is cheap and needs neither torch nor a GPU; what is public is what the packages export."""
+
+import subprocess
+import sys
+
+import pytest
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {blocked!r}:
+            raise ImportError(f'{{name}} is blocked')
+sys.meta_path.insert(0, Block())
+"""
+
+
+def in_fresh_process(code: str, blocked: tuple[str, ...]) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCK.format(blocked=set(blocked)) + code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "package, blocked",
+    [
+        (
+            "pallas_kernels",
+            ("torch", "flax", "transformers", "triton", "jax_triton", "gqa_jax", "interop"),
+        ),
+        ("gqa_jax", ("torch", "transformers", "triton", "jax_triton", "interop")),
+        ("interop", ("torch", "transformers")),
+    ],
+)
+def test_import_with_the_rest_blocked(package, blocked):
+    in_fresh_process(f"import {package}", blocked)
+
+
+def test_import_starts_no_backend():
+    code = """
+import gqa_jax, pallas_kernels, interop
+from jax._src import xla_bridge
+print(sorted(xla_bridge._backends))
+"""
+    assert in_fresh_process(code, ()).strip() == "[]"
+
+
+def test_operators_run_with_flax_and_torch_blocked():
+    code = """
+import jax.numpy as jnp, pallas_kernels as pk
+x = jnp.ones((1, 3, 2, 4))
+assert pk.gqa_attention(x, x, x).shape == x.shape
+assert pk.gated_delta_rule(x, x, x, x[..., 0] * 0, x[..., 0]).out.shape == x.shape
+print(pk.explain('gqa_attention', x, x, x).operator)
+"""
+    assert in_fresh_process(code, ("torch", "flax")).strip() == "gqa_attention"
+
+
+@pytest.mark.parametrize("package", ["pallas_kernels", "gqa_jax"])
+def test_every_public_name_has_a_docstring(package):
+    module = __import__(package)
+    names = [n for n in vars(module) if not n.startswith("_")]
+    public = [n for n in names if not isinstance(vars(module)[n], type(sys))]
+    assert public
+    bare = [n for n in public if not (vars(module)[n].__doc__ or "").strip()]
+    assert not bare, f"without docstring: {bare}"
