@@ -11,5 +11,8 @@ from gqa_jax.config import Llama3Scaling as Llama3Scaling
 from gqa_jax.config import MoEConfig as MoEConfig
 from gqa_jax.config import RopeConfig as RopeConfig
 from gqa_jax.config import YarnScaling as YarnScaling
+from gqa_jax.decoder import Decoder as Decoder
 from gqa_jax.gated_deltanet import GatedDeltaNet as GatedDeltaNet
+from gqa_jax.mlp import MLP as MLP
+from gqa_jax.moe import MoE as MoE
 from gqa_jax.norms import RMSNorm as RMSNorm

@@ -1,0 +1,65 @@
+"""What the decoder refuses before it computes anything."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array
+
+from gqa_jax.cache import KVCache
+
+
+def check_token_shape(tokens: Any) -> None:
+    """Raises unless `tokens` is an integer array `[B, T]` with T >= 1."""
+    if not hasattr(tokens, "dtype"):
+        raise TypeError(f"`tokens` must be an array, got {type(tokens).__name__}")
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"`tokens` must be an integer array, got {tokens.dtype}")
+    if tokens.ndim != 2 or tokens.shape[1] < 1:
+        raise ValueError(f"`tokens` must have shape [B, T] with T >= 1, got {tokens.shape}")
+
+
+def check_token_range(tokens: Array, vocab_size: int, real: Array | None) -> None:
+    """Raises where a real token (all, if `real` is None) is no id; cannot see inside `jit`."""
+    if isinstance(tokens, Tracer) or isinstance(real, Tracer):
+        return
+    outside = (tokens < 0) | (tokens >= vocab_size)
+    if real is not None:
+        outside = outside & real
+    if outside.any():
+        raise ValueError(
+            f"`tokens` must lie in [0, vocab_size={vocab_size}), got {tokens[outside][0]}"
+        )
+
+
+def check_cache(cache: tuple, num_entries: int, tokens: Array, lengths: Array | None) -> None:
+    """Raises unless `tokens` and `lengths` fit the cache; entries may be stacked over a leading axis."""
+    if len(cache) != num_entries:
+        raise ValueError(
+            f"`cache` must have {num_entries} entries, as `init_cache` made, got {len(cache)}"
+        )
+    batch, num_new = tokens.shape
+    if lengths is not None:
+        if lengths.shape != (batch,):
+            raise ValueError(f"`lengths` must have shape [B={batch}], got {lengths.shape}")
+        if not jnp.issubdtype(lengths.dtype, jnp.integer):
+            raise TypeError(f"`lengths` must be an integer array, got {lengths.dtype}")
+        if not isinstance(lengths, Tracer) and ((lengths < 0) | (lengths > num_new)).any():
+            raise ValueError(f"`lengths` must lie in [0, T={num_new}], got {lengths.tolist()}")
+    for entry in cache:
+        if entry.length.shape[-1] != batch:
+            raise ValueError(
+                f"`tokens` must have the cache's {entry.length.shape[-1]} rows, got {batch}"
+            )
+    attention = next((entry for entry in cache if isinstance(entry, KVCache)), None)
+    if attention is None:
+        return
+    capacity = attention.key.shape[-2]
+    needed = num_new
+    if not isinstance(attention.length, Tracer) and not isinstance(lengths, Tracer):
+        held = attention.length + (num_new if lengths is None else lengths.astype(jnp.int32))
+        needed = max(needed, int(held.max()))
+    if needed > capacity:
+        raise ValueError(
+            f"`cache` must hold {needed} tokens after this step, got capacity {capacity}"
+        )
