@@ -7,13 +7,17 @@ WORKERS ?= 2
 export JAX_PLATFORMS ?= cpu
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check format notebooks bench test-newest test-gpu clean
+.PHONY: demo test test-all check format notebooks bench test-newest test-gpu clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m gqa_jax demo
 
 test: $(VENV)/.ready
 	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal tests
+
+# Every slow sweep too, not today's eighth of them.
+test-all: $(VENV)/.ready
+	GQA_JAX_ALL=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal tests
 
 check: $(VENV)/.ready
 	$(RUN) -m ruff check .

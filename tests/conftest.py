@@ -1,6 +1,8 @@
 """The climate of every test: eight CPU devices, strict promotion, nothing skipped in silence."""
 
+import datetime
 import os
+import zlib
 
 import jax
 import pytest
@@ -24,7 +26,22 @@ else:
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
+# Of tests marked `slow`, a run takes every eighth, another eighth each day; GQA_JAX_ALL=1 takes all.
+SLOW_SHARE = 1 if os.environ.get("GQA_JAX_ALL") == "1" else 8
+
+
+def pytest_collection_modifyitems(config, items):
+    today = datetime.date.today().toordinal()
+    named = any("::" in argument for argument in config.args)  # what was asked for by name runs
+
+    def is_due(item) -> bool:
+        slow = item.get_closest_marker("slow") is not None
+        return not slow or named or (zlib.crc32(item.nodeid.encode()) + today) % SLOW_SHARE == 0
+
+    not_due = [item for item in items if not is_due(item)]
+    if not_due:
+        config.hook.pytest_deselected(items=not_due)
+        items[:] = [item for item in items if is_due(item)]
     for item in items:
         if item.get_closest_marker("torch") and torch is None:
             item.add_marker(pytest.mark.skip(reason="PyTorch is not installed"))
