@@ -1,10 +1,9 @@
-"""Configurations: frozen, keyword-only, validated on construction, without behaviour.
-
-A config that exists is valid. Messages name the field, the value and the rule.
-"""
+"""Configurations: frozen, keyword-only, without behaviour; one that exists is valid. Errors name field, value, rule."""
 
 import dataclasses
-from typing import Literal
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
 
 QKNorm = Literal["none", "rms", "rms_zero_centred", "l2"]
 LayerKind = Literal["full_attention", "sliding_attention", "linear_attention"]
@@ -375,6 +374,13 @@ class DecoderConfig:
                 "`intermediate_size` must be given for dense layers",
             )
             _require_positive(self, "intermediate_size")
+
+    @classmethod
+    def from_hf(cls, source: Mapping[str, Any] | str | os.PathLike) -> "DecoderConfig":
+        """The config of a Hugging Face `config.json`: its dict, its path or its folder's (`hf_config.from_hf`)."""
+        from gqa_jax import hf_config  # it imports this module
+
+        return hf_config.from_hf(source)
 
     def is_moe(self, layer: int) -> bool:
         """Whether the feed-forward block of `layer` is a mixture of experts."""

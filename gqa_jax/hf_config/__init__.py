@@ -1,0 +1,12 @@
+"""Hugging Face `config.json` to and from `DecoderConfig`, for the families that `gqa_jax` runs.
+
+Reading is strict: a field that changes the mathematics is translated or refused by name, a few are known not to matter,
+and any other field raises, so that a new variant of a family never loads as an old one. Both forms of RoPE parameters
+are read (`rope_parameters`; `rope_theta` with `rope_scaling`); `rope_parameters` is written.
+"""
+
+from gqa_jax.hf_config.families import FAMILIES
+from gqa_jax.hf_config.read import from_hf
+from gqa_jax.hf_config.write import to_hf_config
+
+__all__ = ["FAMILIES", "from_hf", "to_hf_config"]
