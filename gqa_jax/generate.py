@@ -187,7 +187,7 @@ def _start(
     if top_k is not None and top_k > vocab_size:
         raise ValueError(f"`top_k` must be at most vocab_size={vocab_size}, got {top_k}")
     tokens, lengths = _pad_prompts(prompts, prompt_lengths, vocab_size)
-    longest = int(lengths.max())
+    longest = tokens.shape[1]
     needed = longest + max_new_tokens
     if max_length is not None and max_length < needed:
         raise ValueError(
@@ -198,13 +198,13 @@ def _start(
     capacity = max(max_length or needed, chunk)  # a chunk must fit, even where it is mostly padding
     graphdef, params = nnx.split(decoder)
     cache = decoder.init_cache(len(lengths), capacity, dtype=cache_dtype)
-    logits = None
+    logits = jnp.zeros((), jnp.float32)
     for start in range(0, longest, chunk):
         piece = tokens[:, start : start + chunk]
         piece = np.pad(piece, ((0, 0), (0, chunk - piece.shape[1])))
         real = np.clip(lengths - start, 0, chunk).astype(np.int32)
         newest, cache = _prefill(graphdef, params, cache, jnp.asarray(piece), jnp.asarray(real))
-        logits = newest if logits is None else jnp.where((real > 0)[:, None], newest, logits)
+        logits = newest if start == 0 else jnp.where((real > 0)[:, None], newest, logits)
     rules = _Rules(
         sampling=sampling,
         stop_tokens=jnp.asarray(list(stop_tokens), jnp.int32),
@@ -242,8 +242,9 @@ def _pad_prompts(prompts, prompt_lengths, vocab_size) -> tuple[np.ndarray, np.nd
             raise ValueError(
                 f"`prompts` must hold at least one prompt of at least one token, got lengths {lengths.tolist()}"
             )
+        longest = int(lengths.max())
         rows = [np.asarray(prompt) for prompt in prompts]
-        tokens = np.stack([np.pad(row, (0, lengths.max() - row.size)) for row in rows])
+        tokens = np.stack([np.pad(row, (0, longest - row.size)) for row in rows])
     if not np.issubdtype(tokens.dtype, np.integer):
         raise TypeError(f"`prompts` must hold integers, got {tokens.dtype}")
     tokens = tokens[:, : lengths.max()]
