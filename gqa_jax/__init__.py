@@ -13,6 +13,8 @@ from gqa_jax.config import RopeConfig as RopeConfig
 from gqa_jax.config import YarnScaling as YarnScaling
 from gqa_jax.decoder import Decoder as Decoder
 from gqa_jax.gated_deltanet import GatedDeltaNet as GatedDeltaNet
+from gqa_jax.generate import generate as generate
+from gqa_jax.generate import stream as stream
 from gqa_jax.mlp import MLP as MLP
 from gqa_jax.moe import MoE as MoE
 from gqa_jax.norms import RMSNorm as RMSNorm
