@@ -1,1 +1,45 @@
-"""PyTorch and Hugging Face call the operators and modules of this distribution."""
+"""PyTorch and Hugging Face call the operators and modules of this distribution.
+
+Importing this package needs no PyTorch; using what needs it says so. `huggingface` and `export` are submodules.
+"""
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
+
+from interop.environment import EnvironmentReport as EnvironmentReport
+from interop.environment import check_environment as check_environment
+from interop.environment import configure as configure
+
+if TYPE_CHECKING:
+    from interop.dlpack import dtype_to_jax as dtype_to_jax
+    from interop.dlpack import dtype_to_torch as dtype_to_torch
+    from interop.dlpack import to_jax as to_jax
+    from interop.dlpack import to_torch as to_torch
+    from interop.dlpack import tree_to_jax as tree_to_jax
+    from interop.dlpack import tree_to_torch as tree_to_torch
+
+_HOME = {  # public name -> the module that defines it; all of them import torch
+    "to_jax": "interop.dlpack",
+    "to_torch": "interop.dlpack",
+    "tree_to_jax": "interop.dlpack",
+    "tree_to_torch": "interop.dlpack",
+    "dtype_to_jax": "interop.dlpack",
+    "dtype_to_torch": "interop.dlpack",
+}
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'interop' has no attribute {name!r}")
+    if importlib.util.find_spec("torch") is None:
+        raise ImportError(
+            f"interop.{name} needs PyTorch, which is not installed: pip install 'gqa-jax[torch]'"
+        )
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
