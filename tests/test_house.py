@@ -42,7 +42,16 @@ EXCEPTIONS = {
     "pallas_kernels/delta_rule/triton.py": {"jax_triton", "triton"},
 }
 SIBLINGS = {  # inside one operator: file -> siblings it may import
-    "api": {"reference", "blockwise", "chunked", "cudnn", "vjp", "tuning", "algebra"},
+    "api": {
+        "reference",
+        "blockwise",
+        "chunked",
+        "cudnn",
+        "vjp",
+        "tuning",
+        "mosaic_gpu_tuning",
+        "algebra",
+    },
     "vjp": {
         "mosaic_gpu_fwd",
         "mosaic_gpu_bwd",
@@ -51,10 +60,13 @@ SIBLINGS = {  # inside one operator: file -> siblings it may import
         "chunked",
         "reference",
         "tuning",
+        "mosaic_gpu_tuning",
         "algebra",
     },
-    "mosaic_gpu_fwd": {"tuning", "algebra"},
-    "mosaic_gpu_bwd": {"tuning", "algebra"},
+    "mosaic_gpu_fwd": {"tuning", "algebra", "mosaic_gpu_mask", "mosaic_gpu_tuning"},
+    "mosaic_gpu_bwd": {"tuning", "algebra", "mosaic_gpu_mask", "mosaic_gpu_tuning"},
+    "mosaic_gpu_mask": set(),
+    "mosaic_gpu_tuning": set(),
     "mosaic_gpu_step": {"tuning", "algebra"},
     "reference": {"algebra"},
     "blockwise": {"algebra", "tuning"},

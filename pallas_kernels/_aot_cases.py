@@ -1,0 +1,170 @@
+"""The programs that `pallas_kernels.aot` knows by name: operators, directions and shapes."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import mosaic_gpu_fwd, mosaic_gpu_tuning
+
+Program = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A program by name.
+
+    Attributes:
+      name: `operator/direction/shape`.
+      build: makes the function and its arguments (`jax.ShapeDtypeStruct`); every argument has a leading batch axis.
+      flops: floating-point operations of its matrix products, counting only what the mask lets through.
+      hbm_bytes: the least it must move: every input read and every output written once.
+    """
+
+    name: str
+    build: Callable[[], Program]
+    flops: float = 0.0
+    hbm_bytes: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """A shape and mask of attention, with everything that changes the machine code."""
+
+    label: str
+    batch: int = 1
+    length: int = 4096
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    is_causal: bool = True
+    sliding_window: int | None = None
+    segments: bool = False
+    soft_cap: float | None = None
+    sinks: bool = False
+    fused: bool = False
+    dtype: Any = jnp.bfloat16
+
+    @property
+    def visible_pairs(self) -> float:
+        """(query, key) pairs that the mask lets through, documents taken as one."""
+        if not self.is_causal:
+            return self.length**2
+        window = min(self.sliding_window or self.length, self.length)
+        return window * (window + 1) / 2 + (self.length - window) * window
+
+    def flops(self, products: int) -> float:
+        """Operations of `products` matrix products over the visible pairs."""
+        return products * 2.0 * self.batch * self.heads * self.head_dim * self.visible_pairs
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "scale": self.head_dim**-0.5,
+            "is_causal": self.is_causal,
+            "sliding_window": self.sliding_window,
+            "logits_soft_cap": self.soft_cap,
+        }
+
+    def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
+        rows, struct = (self.batch, self.length), jax.ShapeDtypeStruct
+        group = self.heads // self.kv_heads
+        if self.fused:
+            arrays = {"qkv": struct((*rows, self.kv_heads, group + 2, self.head_dim), self.dtype)}
+        else:
+            key = struct((*rows, self.kv_heads, self.head_dim), self.dtype)
+            query = struct((*rows, self.heads, self.head_dim), self.dtype)
+            arrays = {"query": query, "key": key, "value": key}
+        if self.segments:
+            arrays["segment_ids"] = struct(rows, jnp.int32)
+        return arrays
+
+    def forward_bytes(self) -> float:
+        rows = 2.0 * self.batch * self.length * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return rows + 4.0 * self.batch * self.length * self.heads
+
+    def forward_config(self) -> mosaic_gpu_tuning.ForwardConfig:
+        return mosaic_gpu_tuning.forward_config(
+            q_len=self.length, kv_len=self.length, head_dim=self.head_dim,
+            group=self.heads // self.kv_heads, batch=self.batch, kv_heads=self.kv_heads,
+            segments=self.segments,
+        )  # fmt: skip
+
+
+ATTENTION = (
+    AttentionShape("causal"),
+    AttentionShape("full", is_causal=False),
+    AttentionShape("window1024", sliding_window=1024),
+    AttentionShape("packed", segments=True),
+    AttentionShape("softcap-sinks", soft_cap=30.0, sinks=True),
+    AttentionShape("fused", fused=True),
+    AttentionShape("fp16", dtype=jnp.float16),
+    AttentionShape("d64", kv_heads=32, head_dim=64),
+    AttentionShape("d96", head_dim=96),
+    AttentionShape("d256", heads=16, kv_heads=2, head_dim=256),
+    AttentionShape("short16", length=16, batch=8),
+    AttentionShape("long32k", length=32768),
+)
+
+
+def _forward(shape: AttentionShape) -> Case:
+    def build() -> Program:
+        arrays, config = shape.arrays(), shape.forward_config()
+
+        def attention_forward(*values):
+            given = dict(zip(arrays, values, strict=True))
+            ids = given.pop("segment_ids", None)
+            options = shape.options() | {"config": config}
+            if shape.sinks:
+                options["sinks"] = jnp.zeros((shape.heads,), jnp.float32)
+            if shape.fused:
+                return mosaic_gpu_fwd.forward_qkv(*given.values(), segment_ids=ids, **options)
+            return mosaic_gpu_fwd.forward(
+                *given.values(), query_segment_ids=ids, kv_segment_ids=ids, **options
+            )
+
+        return attention_forward, tuple(arrays.values())
+
+    return Case(
+        f"gqa_attention/forward/{shape.label}", build, shape.flops(2), shape.forward_bytes()
+    )
+
+
+DIRECTIONS = {"forward": _forward}
+
+
+def cases() -> list[Case]:
+    """Every registered case."""
+    return [make(shape) for make in DIRECTIONS.values() for shape in ATTENTION]
+
+
+OPERATORS = ("gqa_attention",)
+
+
+def add_shape_arguments(parser: argparse._ArgumentGroup) -> None:
+    """The command line's description of one shape."""
+    parser.add_argument("--direction", choices=DIRECTIONS, action="append")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--sliding-window", type=int)
+    parser.add_argument("--segments", action="store_true")
+    parser.add_argument("--soft-cap", type=float)
+    parser.add_argument("--sinks", action="store_true")
+    parser.add_argument("--fused", action="store_true")
+    parser.add_argument("--dtype", choices=mosaic_gpu_tuning.DTYPES, default="bfloat16")
+
+
+def from_arguments(arguments: argparse.Namespace) -> list[Case]:
+    """The cases that the command line describes: one per direction."""
+    a = arguments
+    shape = AttentionShape(
+        f"b{a.batch}-t{a.length}-n{a.heads}-k{a.kv_heads}-d{a.head_dim}", a.batch, a.length, a.heads, a.kv_heads,
+        a.head_dim, a.causal, a.sliding_window, a.segments, a.soft_cap, a.sinks, a.fused, jnp.dtype(a.dtype),
+    )  # fmt: skip
+    return [DIRECTIONS[name](shape) for name in a.direction or DIRECTIONS]

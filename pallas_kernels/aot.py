@@ -1,0 +1,303 @@
+"""Compiles for a GPU that is not there, and says what the machine code is like.
+
+    python -m pallas_kernels.aot --target h200                       # every registered case
+    python -m pallas_kernels.aot --target h200 --case 'attention*causal*' --json facts.json
+    python -m pallas_kernels.aot --operator gqa_attention --length 8192 --heads 32 --kv-heads 8 --head-dim 128 --causal
+
+Needs the CUDA plugin of JAX and nvdisasm (`pip install 'gqa-jax[aot]'`), no GPU. Targets are text protos under
+`pallas_kernels/targets`. From Python:
+
+    >>> from pallas_kernels import aot
+    >>> mesh = aot.topology("h200", devices=8)                        # doctest: +SKIP
+    >>> report = aot.compile_program(jax.jit(step), *arguments, mesh=mesh)  # doctest: +SKIP
+    >>> report.kernels, report.collectives, report.temporary_bytes    # doctest: +SKIP
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import fnmatch
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels import _aot_cases
+from pallas_kernels._sass import KernelFacts, parse
+
+TARGETS = pathlib.Path(__file__).parent / "targets"
+SHARED_MEMORY_BYTES = 232448  # 227 KiB: what one block may opt in to on sm_90 and sm_100
+GPUS_PER_HOST = 8
+_DUMPS = ("MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_RESOURCES", "MOSAIC_GPU_DUMP_SASS")
+_COLLECTIVE = re.compile(
+    r"= (?P<shape>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    r"|collective-broadcast|ragged-all-to-all)(?:-start)?\("
+)
+_ARRAY = re.compile(r"\b(pred|[suf]\d+\w*|bf16|c\d+)\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A compiled program.
+
+    Attributes:
+      name, target, devices: what was compiled, for what.
+      seconds: wall-clock time of lowering and compilation.
+      kernels: its Mosaic GPU kernels.
+      argument_bytes, output_bytes, aliased_bytes, temporary_bytes: device memory, per device.
+      collectives: kind -> (how many, bytes of their results per device).
+    """
+
+    name: str
+    target: str
+    devices: int
+    seconds: float
+    kernels: tuple[KernelFacts, ...]
+    argument_bytes: int
+    output_bytes: int
+    aliased_bytes: int
+    temporary_bytes: int
+    collectives: Mapping[str, tuple[int, int]]
+
+
+def unavailable_reason() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None and (
+        importlib.util.find_spec("jax_cuda12_plugin") is None
+    ):
+        return "JAX's CUDA plugin is not installed: pip install 'gqa-jax[aot]'"
+    if not _nvdisasm():
+        return "nvdisasm was not found: pip install 'gqa-jax[aot]'"
+    return None
+
+
+def _nvdisasm() -> str | None:
+    spec = importlib.util.find_spec("nvidia")
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    places = [p for root in roots for p in pathlib.Path(root).glob("cu*/bin/nvdisasm")]
+    return str(places[0]) if places else shutil.which("nvdisasm")
+
+
+def targets() -> tuple[str, ...]:
+    """Names of the GPUs that can be compiled for."""
+    return tuple(sorted(path.stem for path in TARGETS.glob("*.txtpb")))
+
+
+def topology(target: str = "h200", *, devices: int = 1, axis: str = "device") -> jax.sharding.Mesh:
+    """A mesh of GPUs that are not there: `devices` of them along one axis, 8 to a host.
+
+    Raises:
+      ValueError: unknown target, or a number of devices that does not fill its hosts.
+      RuntimeError: the CUDA plugin or nvdisasm is missing.
+    """
+    if target not in targets():
+        raise ValueError(f"`target` must be one of {', '.join(targets())}, got {target!r}")
+    if devices < 1 or (devices > GPUS_PER_HOST and devices % GPUS_PER_HOST):
+        raise ValueError(f"`devices` must be 1..8 or a multiple of 8, got {devices}")
+    reason = unavailable_reason()
+    if reason:
+        raise RuntimeError(reason)
+    # Without a driver the plugin would refuse to register when it checks library versions.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    hosts = max(1, devices // GPUS_PER_HOST)
+    description = topologies.get_topology_desc(
+        f"{target}x{devices}",
+        platform="cuda",
+        target_config=(TARGETS / f"{target}.txtpb").read_text(),
+        topology=f"1x{hosts}x{devices // hosts}",
+    )
+    return topologies.make_mesh(description, (devices,), (axis,))
+
+
+def compile_program(
+    function: Callable[..., Any],
+    *arguments: Any,
+    mesh: jax.sharding.Mesh | None = None,
+    target: str = "h200",
+    name: str = "",
+    **jit_options: Any,
+) -> Report:
+    """Lowers and compiles `function(*arguments)`.
+
+    Args:
+      function: anything `jax.jit` takes.
+      *arguments: pytrees of arrays or `jax.ShapeDtypeStruct`; those without a sharding are replicated.
+      mesh: from `topology`; one device of `target` by default.
+      target: only without a mesh.
+      name: for the report.
+      **jit_options: for `jax.jit`, for example `donate_argnums`.
+    """
+    if mesh is None:
+        mesh = topology(target)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def described(leaf):
+        sharding = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or replicated)
+
+    arguments = jax.tree.map(described, arguments)
+    start = time.perf_counter()
+    with _printed(_DUMPS) as printed:
+        compiled = jax.jit(function, **jit_options).lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    memory: Any = compiled.memory_analysis()
+    return Report(
+        name=name or getattr(function, "__name__", "program"),
+        target=mesh.devices.flat[0].device_kind,
+        devices=mesh.devices.size,
+        seconds=round(seconds, 2),
+        kernels=parse(printed["text"]),
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        collectives=_collectives(compiled.as_text() or ""),
+    )
+
+
+@contextlib.contextmanager
+def _printed(switches: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """Collects what the compiler writes to file descriptors 1 and 2 while its dump switches are on."""
+    saved = {name: os.environ.get(name) for name in switches}
+    os.environ.update(dict.fromkeys(switches, "1"))
+    box: dict[str, str] = {}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as sink:
+        copies = [os.dup(1), os.dup(2)]
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield box
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in zip((1, 2), copies, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
+            for name, value in saved.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+            sink.seek(0)
+            box["text"] = sink.read().decode(errors="replace")
+
+
+def _collectives(hlo: str) -> dict[str, tuple[int, int]]:
+    counts: collections.Counter[str] = collections.Counter()
+    sizes: collections.Counter[str] = collections.Counter()
+    for found in _COLLECTIVE.finditer(hlo):
+        counts[found["kind"]] += 1
+        for dtype, shape in _ARRAY.findall(found["shape"]):
+            bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
+            sizes[found["kind"]] += (
+                int(np.prod([int(n) for n in shape.split(",") if n])) * bits // 8
+            )
+    return {kind: (counts[kind], sizes[kind]) for kind in counts}
+
+
+def compile_case(case: _aot_cases.Case, *, target: str = "h200", devices: int = 1) -> Report:
+    """One registered case; with several devices every device gets its own batch (`jax.shard_map`)."""
+    mesh = topology(target, devices=devices)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        function, arguments = case.build()
+    if devices > 1:
+        (axis,) = mesh.axis_names
+        batched = PartitionSpec(axis)
+        arguments = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                (leaf.shape[0] * devices, *leaf.shape[1:]),
+                leaf.dtype,
+                sharding=NamedSharding(mesh, batched),
+            ),
+            arguments,
+        )
+        function = jax.shard_map(
+            function, mesh=mesh, in_specs=batched, out_specs=batched, check_vma=False
+        )
+    return compile_program(function, *arguments, mesh=mesh, name=case.name)
+
+
+def table(reports: list[Report]) -> str:
+    """A Markdown table, one row per kernel; programs without a Mosaic kernel have one row of their own."""
+    header = (
+        "case", "kernel", "registers", "spilled bytes", "stack", "shared KiB", "barriers", "HGMMA", "slow paths",
+        "compile s", "temporary MiB", "collectives",
+    )  # fmt: skip
+    rows = [header, tuple("---" for _ in header)]
+    for report in reports:
+        about = (
+            f"{report.seconds:.1f}",
+            f"{report.temporary_bytes / 2**20:.1f}",
+            ", ".join(f"{n} {kind}" for kind, (n, _) in report.collectives.items()) or "none",
+        )
+        for kernel in report.kernels:
+            rows.append(
+                (
+                    report.name,
+                    kernel.name.removesuffix("_mosaic_gpu_kernel"),
+                    str(kernel.registers),
+                    f"{kernel.spill_store_bytes} / {kernel.spill_load_bytes}",
+                    str(kernel.stack_bytes),
+                    f"{kernel.shared_bytes / 1024:.1f}",
+                    str(kernel.barriers),
+                    str(kernel.instructions.get("HGMMA", 0)),
+                    ", ".join(kernel.slow_paths) or "none",
+                    *about,
+                )
+            )
+        if not report.kernels:
+            rows.append((report.name, "(XLA only)", *("" for _ in range(7)), *about))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.aot", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--target", default="h200", choices=targets())
+    parser.add_argument("--devices", type=int, default=1, help="GPUs; each gets its own batch")
+    parser.add_argument("--case", default="*", help="pattern over the registered cases")
+    parser.add_argument("--list", action="store_true", help="names of the registered cases")
+    parser.add_argument("--json", type=pathlib.Path, help="also write everything to this file")
+    shape = parser.add_argument_group("one shape of an operator instead of the registered cases")
+    shape.add_argument("--operator", choices=sorted(_aot_cases.OPERATORS))
+    _aot_cases.add_shape_arguments(shape)
+    arguments = parser.parse_args(argv)
+    cases = [case for case in _aot_cases.cases() if fnmatch.fnmatch(case.name, arguments.case)]
+    if arguments.operator:
+        cases = _aot_cases.from_arguments(arguments)
+    if arguments.list:
+        print("\n".join(case.name for case in cases))
+        return
+    if not cases:
+        parser.error(f"no registered case matches {arguments.case!r}")
+    reason = unavailable_reason()
+    if reason:
+        raise SystemExit(reason)
+    reports = [compile_case(c, target=arguments.target, devices=arguments.devices) for c in cases]
+    versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib")}
+    print(f"{reports[0].target} x {arguments.devices}, jax {versions['jax']}\n")
+    print(table(reports))
+    if arguments.json:
+        record = {"versions": versions, "reports": [dataclasses.asdict(r) for r in reports]}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

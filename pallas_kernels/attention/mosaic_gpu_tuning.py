@@ -1,0 +1,129 @@
+"""Tile sizes of the Mosaic GPU attention kernels, each with its reason, and what the kernels cannot do."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+HEAD_DIMS = (64, 96, 128, 256)
+DTYPES = ("bfloat16", "float16")
+# 227 KiB: the most shared memory that one block may have on sm_90.
+SHARED_BYTES = 232448
+# JAX 0.12 compiles through nvJitLink, which ignores setmaxnreg: three warpgroups then keep 168 registers each.
+FIXED_REGISTERS = jax.__version_info__ >= (0, 12)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """How the forward kernel is tiled.
+
+    Attributes:
+      block_kv: keys per tile.
+      stages: key and value tiles in flight.
+      overlap: issue the next tile's `Q K^T` before this tile's `P V`, so that the softmax runs behind the tensor cores.
+      pack: query heads of one group that share a tile of 64 rows (1, 2, 4 or 8).
+      compute_registers, memory_registers: per thread, after `setmaxnreg`.
+      heads_then_batch: grid order (heads, batch, tiles), so that all batch rows' longest tiles come first; otherwise
+        (heads, tiles, batch), which keeps one batch row's keys in L2.
+    """
+
+    block_kv: int = 128
+    stages: int = 2
+    overlap: bool = True
+    pack: int = 1
+    compute_registers: int = 240
+    memory_registers: int = 24
+    heads_then_batch: bool = True
+
+    def shared_bytes(self, head_dim: int) -> int:
+        """Shared memory of the tiles: 128 query rows, and `stages` tiles each of keys and values."""
+        return 2 * head_dim * (128 + 2 * self.stages * self.block_kv)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """How the backward kernels are tiled.
+
+    Attributes:
+      block_q: query rows per step of the dk/dv kernel.
+      stages: query and output-gradient tiles in flight in the dk/dv kernel.
+      block_kv: keys per step of the dq kernel.
+      kv_stages: key and value tiles in flight in the dq kernel.
+      compute_registers, memory_registers: per thread, after `setmaxnreg`.
+    """
+
+    block_q: int = 64
+    stages: int = 2
+    block_kv: int = 64
+    kv_stages: int = 2
+    compute_registers: int = 240
+    memory_registers: int = 24
+
+
+def forward_config(
+    *, q_len: int, kv_len: int, head_dim: int, group: int, batch: int, kv_heads: int, segments: bool = False
+) -> ForwardConfig:  # fmt: skip
+    """The configuration used when none is given; depends on nothing that changes from step to step."""
+    block_kv, stages = 128, 2
+    if head_dim == 256:
+        # 128 accumulator registers for the output leave room for scores of 64 keys; 192 KiB of tiles.
+        block_kv, stages = 64, 2
+    elif segments or FIXED_REGISTERS:
+        # A tile of 64 keys halves the registers of scores and ids; a third stage keeps as many bytes in flight.
+        block_kv, stages = 64, 3
+    # Tiles of few tokens would waste rows of the tensor core: heads of the group fill them.
+    pack = 1
+    while pack < 8 and group % (2 * pack) == 0 and q_len <= 64 // pack:
+        pack *= 2
+    # Half of L2 (50 MB on H100 and H200): keys and values of all batch rows stay resident beside the rest.
+    resident = 4 * batch * kv_heads * kv_len * head_dim <= 24 * 2**20
+    return ForwardConfig(block_kv, stages, pack=pack, heads_then_batch=resident)
+
+
+def backward_config(*, head_dim: int) -> BackwardConfig:
+    """The configuration used when none is given."""
+    del head_dim
+    return BackwardConfig()
+
+
+def forward_candidates(*, head_dim: int, group: int) -> list[ForwardConfig]:
+    """Configurations that `autotune` tries; all fit shared memory."""
+    packs = [p for p in (1, 2, 4, 8) if group % p == 0]
+    found = [
+        ForwardConfig(block_kv, stages, overlap=overlap, pack=pack, heads_then_batch=order)
+        for block_kv in (64, 128)
+        for stages in (2, 3, 4)
+        for overlap in (True, False)
+        for pack in packs
+        for order in (True, False)
+    ]
+    return [c for c in found if c.shared_bytes(head_dim) + 2048 <= SHARED_BYTES]
+
+
+def unsupported_reason(
+    *, query_shape: tuple[int, ...], key_shape: tuple[int, ...], value_shape: tuple[int, ...], dtype, scale=None,
+    mask=None, bias=None, query_positions=None, dropout_rate=0.0, compute_capability: str | None = "9.0",
+) -> str | None:  # fmt: skip
+    """Why the kernels cannot run a call that the operator accepts, or None."""
+    head_dim = query_shape[-1]
+    if compute_capability is None:
+        return "needs an NVIDIA GPU of compute capability 9.0 (H100, H200)"
+    if compute_capability != "9.0":
+        return f"written for compute capability 9.0 (H100, H200); this GPU has {compute_capability}"
+    if jnp.dtype(dtype).name not in DTYPES:
+        return f"computes in bfloat16 or float16, not {jnp.dtype(dtype).name}"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim must be one of {HEAD_DIMS}, got {head_dim}"
+    if value_shape[-1] != head_dim:
+        return f"keys and values must have the same head_dim, got {head_dim} and {value_shape[-1]}"
+    if 0 in query_shape or 0 in key_shape:
+        return "needs at least one query and one key"
+    if scale is not None and not scale > 0:
+        return f"needs a positive scale, got {scale}"
+    given = {"mask": mask, "bias": bias, "query_positions": query_positions}
+    for name, value in given.items():
+        if value is not None:
+            return f"does not take `{name}`"
+    if dropout_rate:
+        return "has no dropout"
+    return None
