@@ -1,0 +1,317 @@
+"""Folders of safetensors as Hugging Face keeps them, to and from our parameters, one parameter at a time."""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gqa_jax.checkpoint.rules import Dialect, Path, Rule, rules
+from gqa_jax.checkpoint.safetensors_file import TensorFile, TensorSpec, write_tensors
+from gqa_jax.config import DecoderConfig
+from gqa_jax.hf_config import to_hf_config
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_LANGUAGE_MODEL = "model.language_model."
+_FUSED_EXPERTS = "mlp.experts.gate_up_proj"
+# What transformers ignores as well: multi-token-prediction heads, vision towers, RoPE tables of early Llamas.
+_IGNORED = re.compile(r"^mtp\.|^model\.visual\.|\.rotary_emb\.inv_freq$")
+
+
+class HFFolder(Mapping[str, np.ndarray]):
+    """The tensors of a folder (`model.safetensors`, or the shards of its index) as read-only views of its files."""
+
+    def __init__(self, path: str | os.PathLike):
+        """Reads the headers.
+
+        Raises:
+          ValueError: no safetensors in the folder, or an index that does not agree with its files.
+        """
+        self.path = pathlib.Path(path)
+        index = self.path / INDEX
+        if (self.path / SINGLE).is_file():
+            where = None
+            names = [SINGLE]
+        elif index.is_file():
+            where = json.loads(index.read_text())["weight_map"]
+            names = sorted(set(where.values()))
+        else:
+            raise ValueError(f"`path` must be a folder that holds {SINGLE} or {INDEX}, got {path}")
+        self._files: dict[str, TensorFile] = {}
+        for name in names:
+            if not (self.path / name).is_file():
+                raise ValueError(f"{index} names {name}, which is not there")
+            file = TensorFile(self.path / name)
+            self._files |= dict.fromkeys(file.tensors, file)
+        if where is not None and where.keys() != self._files.keys():
+            strangers = sorted(where.keys() ^ self._files.keys())
+            raise ValueError(f"{index} and its files disagree about {_listed(strangers)}")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[name].read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._files[name].tensors[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._files[name].dtype(name)
+
+
+def hf_names(config: DecoderConfig) -> dict[str, tuple[Path, ...]]:
+    """The Hugging Face tensors of a decoder, each with the parameters of ours that it goes into.
+
+    Raises:
+      ValueError: `config.scan_layers` and layers that do not repeat.
+    """
+    return {name: rule.paths for rule in rules(config) for name in rule.names}
+
+
+def import_hf(
+    config: DecoderConfig, tensors: Mapping[str, np.ndarray], *, dtype: Any = None
+) -> Iterator[tuple[Path, np.ndarray]]:
+    """Our parameters, one at a time, from Hugging Face tensors (an `HFFolder`, or a state dict of numpy arrays).
+
+    Args:
+      config: of the decoder.
+      tensors: by Hugging Face name; looked up only when their parameter is next.
+      dtype: cast to it; None keeps that of the tensors. Decay parameters of Gated DeltaNet become float32 in any case.
+
+    Raises:
+      ValueError: missing or unexpected names, all listed; wrong shapes; tensors of one parameter that differ in dtype.
+
+    Example:
+      >>> tree = dict(import_hf(config, HFFolder("Qwen3-0.6B")))  # doctest: +SKIP
+    """
+    table = rules(config, _dialect(tensors))
+    _check_names(config, table, tensors)
+    for rule in table:
+        for name, expected in zip(rule.names, rule.hf_shapes, strict=True):
+            shape = tensors.shape(name) if isinstance(tensors, HFFolder) else tensors[name].shape
+            if tuple(shape) != expected:
+                raise ValueError(f"{name} must have shape {expected}, got {tuple(shape)}")
+    for rule in table:
+        parts = [tensors[name] for name in rule.names]
+        wanted = np.dtype(np.float32) if rule.float32 else dtype
+        dtypes = {part.dtype for part in parts}
+        if wanted is None and len(dtypes) > 1:
+            raise ValueError(
+                f"{_listed(rule.names)} make one parameter and must share one dtype, or `dtype` must be given, "
+                f"got {_listed(sorted(map(str, dtypes)))}"
+            )
+        if wanted is not None:
+            parts = [part.astype(wanted, copy=False) for part in parts]
+        yield from zip(rule.paths, rule.fuse(parts), strict=True)
+
+
+def export_hf(
+    config: DecoderConfig, parameters: Mapping[Path, Any]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Hugging Face tensors, one at a time, from our parameters: for saving, or for streaming weights to a server.
+
+    Args:
+      config: of the decoder.
+      parameters: by path, as `import_hf` yields them; numpy or jax arrays, sharded ones too.
+
+    Raises:
+      ValueError: paths that are missing or unexpected, all listed, or shapes that do not fit.
+
+    Example:
+      >>> names = [name for name, _ in export_hf(config, tree)]  # doctest: +SKIP
+    """
+    table = rules(config)
+    _check_parameters(table, parameters)
+    for rule in table:
+        tensors = rule.split([np.asarray(parameters[path]) for path in rule.paths])
+        yield from zip(rule.names, tensors, strict=True)
+
+
+def read_hf(
+    path: str | os.PathLike,
+    config: DecoderConfig | None = None,
+    *,
+    dtype: Any = None,
+    shardings: Callable[[Path], jax.sharding.Sharding | None] | None = None,
+) -> dict[Path, jax.Array]:
+    """The parameters of a Hugging Face folder on device, each placed before the next is read.
+
+    Args:
+      path: the folder.
+      config: None reads its `config.json`.
+      dtype: of the parameters; None keeps that of the file.
+      shardings: path -> sharding of that parameter; every device gets only its slice. None for the default device.
+
+    Raises:
+      ValueError: as `DecoderConfig.from_hf` and `import_hf`; float64 tensors while 64-bit types are disabled.
+
+    Example:
+      >>> read_hf("Qwen3-0.6B")[("embed", "embedding")].shape  # doctest: +SKIP
+      (151936, 1024)
+    """
+    config = DecoderConfig.from_hf(path) if config is None else config
+    tree = {}
+    for leaf, array in import_hf(config, HFFolder(path), dtype=dtype):
+        if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+            raise ValueError(
+                f"`dtype` must be given: {leaf} is {array.dtype} and 64-bit types are disabled"
+            )
+        tree[leaf] = _place(array, None if shardings is None else shardings(leaf))
+    return tree
+
+
+def write_hf(
+    config: DecoderConfig,
+    parameters: Mapping[Path, Any],
+    path: str | os.PathLike,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    extra_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a folder that transformers loads: `config.json` and safetensors, sharded with an index if large.
+
+    Files appear under their names when all are complete.
+
+    Args:
+      config: of the decoder; its `family` names the `model_type`.
+      parameters: by path, as `read_hf` returns them; saved in their dtype.
+      path: the folder; created if missing.
+      max_shard_bytes: start another file rather than exceed this (a larger tensor gets a file of its own).
+      extra_config: fields for `config.json` that do not concern the decoder, such as token ids.
+
+    Raises:
+      ValueError: a config that its family cannot express, parameters that do not fit it, or safetensors files in
+        the folder that would mix with the new ones.
+
+    Example:
+      >>> write_hf(config, tree, "out")  # doctest: +SKIP
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(f"`max_shard_bytes` must be positive, got {max_shard_bytes}")
+    table = rules(config)
+    _check_parameters(table, parameters)
+    stored = np.dtype(parameters[("embed", "embedding")].dtype).name
+    described = to_hf_config(config, extra={"dtype": stored} | dict(extra_config or {}))
+    shards = _shards(_specs(table, parameters), max_shard_bytes)
+    files = [SINGLE]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    folder = pathlib.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    strangers = {p.name for p in folder.glob("*.safetensors")} - set(files)
+    if strangers:
+        raise ValueError(
+            f"`path` must not hold other safetensors files, got {_listed(sorted(strangers))}"
+        )
+    tensors = (array for _, array in export_hf(config, parameters))
+    for name, specs in zip(files, shards, strict=True):
+        with open(folder / f"{name}.partial", "wb") as file:
+            arrays = (next(tensors) for _ in specs)
+            write_tensors(file, specs, arrays, metadata={"format": "pt"})
+    for name in files:
+        os.replace(folder / f"{name}.partial", folder / name)
+    if len(files) > 1:
+        where = {s.name: name for name, specs in zip(files, shards, strict=True) for s in specs}
+        total = sum(spec.num_bytes for specs in shards for spec in specs)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    elif (folder / INDEX).exists():
+        (folder / INDEX).unlink()
+    _write_json(folder / "config.json", described)
+
+
+def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _dialect(names: Mapping[str, Any]) -> Dialect:
+    nested = any(name.startswith(_LANGUAGE_MODEL) for name in names)
+    fused = any(name.endswith(_FUSED_EXPERTS) for name in names)
+    return Dialect(_LANGUAGE_MODEL if nested else "model.", fused)
+
+
+def _check_names(
+    config: DecoderConfig, table: list[Rule], tensors: Mapping[str, np.ndarray]
+) -> None:
+    expected = {name for rule in table for name in rule.names}
+    present = {name for name in tensors if not _IGNORED.search(name)}
+    head, embedding = "lm_head.weight", table[0].names[0]
+    if config.tie_embeddings and head in present and embedding in present:
+        if not np.array_equal(_bits(tensors[head]), _bits(tensors[embedding])):
+            raise ValueError(
+                f"{head} must equal {embedding} because `config.tie_word_embeddings` is true"
+            )
+        present.remove(head)
+    if missing := sorted(expected - present):
+        raise ValueError(f"the checkpoint misses {len(missing)} tensors: {_listed(missing)}")
+    if unexpected := sorted(present - expected):
+        raise ValueError(
+            f"the checkpoint holds {len(unexpected)} unexpected tensors: {_listed(unexpected)}"
+        )
+
+
+def _check_parameters(table: list[Rule], parameters: Mapping[Path, Any]) -> None:
+    shapes = {
+        path: shape for rule in table for path, shape in zip(rule.paths, rule.shapes, strict=True)
+    }
+    if missing := sorted(".".join(map(str, path)) for path in shapes.keys() - parameters.keys()):
+        raise ValueError(f"`parameters` misses {len(missing)} paths: {_listed(missing)}")
+    if unexpected := sorted(".".join(map(str, p)) for p in parameters.keys() - shapes.keys()):
+        raise ValueError(
+            f"`parameters` holds {len(unexpected)} unexpected paths: {_listed(unexpected)}"
+        )
+    for path, shape in shapes.items():
+        if tuple(parameters[path].shape) != shape:
+            raise ValueError(
+                f"{'.'.join(map(str, path))} must have shape {shape}, got {tuple(parameters[path].shape)}"
+            )
+    for rule in table:
+        dtypes = {str(parameters[path].dtype) for path in rule.paths}
+        if len(dtypes) > 1:
+            named = _listed([".".join(map(str, path)) for path in rule.paths])
+            raise ValueError(f"{named} must share one dtype, got {_listed(sorted(dtypes))}")
+
+
+def _specs(table: list[Rule], parameters: Mapping[Path, Any]) -> Iterator[TensorSpec]:
+    for rule in table:
+        dtype = np.dtype(parameters[rule.paths[0]].dtype)
+        for name, shape in zip(rule.names, rule.hf_shapes, strict=True):
+            yield TensorSpec(name, shape, dtype)
+
+
+def _shards(specs: Iterator[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
+    shards: list[list[TensorSpec]] = []
+    room = 0
+    for spec in specs:
+        if not shards or spec.num_bytes > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(spec)
+        room -= spec.num_bytes
+    return shards
+
+
+def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    # Copies: on CPU jax adopts numpy's memory, and an array must not depend on a file that may be written again.
+    if sharding is None:
+        return jnp.asarray(np.array(array, order="C"))
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda index: np.array(array[index], order="C")
+    )
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(np.uint8)
+
+
+def _listed(names: Any) -> str:
+    names = list(names)
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
