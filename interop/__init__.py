@@ -12,12 +12,16 @@ from interop.environment import check_environment as check_environment
 from interop.environment import configure as configure
 
 if TYPE_CHECKING:
+    from interop.bucketing import bucket_length as bucket_length
+    from interop.bucketing import pad_to as pad_to
     from interop.dlpack import dtype_to_jax as dtype_to_jax
     from interop.dlpack import dtype_to_torch as dtype_to_torch
     from interop.dlpack import to_jax as to_jax
     from interop.dlpack import to_torch as to_torch
     from interop.dlpack import tree_to_jax as tree_to_jax
     from interop.dlpack import tree_to_torch as tree_to_torch
+    from interop.programs import RecompilationWarning as RecompilationWarning
+    from interop.torch_function import wrap as wrap
 
 _HOME = {  # public name -> the module that defines it; all of them import torch
     "to_jax": "interop.dlpack",
@@ -26,6 +30,10 @@ _HOME = {  # public name -> the module that defines it; all of them import torch
     "tree_to_torch": "interop.dlpack",
     "dtype_to_jax": "interop.dlpack",
     "dtype_to_torch": "interop.dlpack",
+    "bucket_length": "interop.bucketing",
+    "pad_to": "interop.bucketing",
+    "RecompilationWarning": "interop.programs",
+    "wrap": "interop.torch_function",
 }
 
 
