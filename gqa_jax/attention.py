@@ -298,7 +298,7 @@ class SelfAttention(nnx.Module):
         )
 
     def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array, Array | None]:
-        """Query `[B, T, N, D]`, key and value `[B, T, K, D]` as attention reads them, gate `[B, T, K, R, D]` or None."""
+        """What attention reads: query `[B, T, N, D]`, key, value `[B, T, K, D]`, gate `[B, T, K, R, D]` or None."""
         config = self.config
         fused = checkpoint_name(self.qkv(x), "qkv")  # [B, T, K, R + 2 or 2R + 2, D]
         per_group = config.q_per_kv

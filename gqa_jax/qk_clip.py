@@ -68,7 +68,7 @@ def max_logits(
     query, key = jax.lax.stop_gradient((query, key))
     batch, length, num_heads, head_dim = query.shape
     groups = key.shape[2]
-    scale = head_dim**-0.5 if scale is None else scale
+    factor = head_dim**-0.5 if scale is None else scale
     grouped = query.reshape(batch, length, groups, num_heads // groups, head_dim)
     block = min(KEY_BLOCK, length)
     index = jnp.arange(length, dtype=jnp.int32)
@@ -96,7 +96,7 @@ def max_logits(
         if mask is not None:
             visible = visible & slice_keys(mask, 3)
         visible = jnp.broadcast_to(visible, (batch, num_heads, length, block))
-        seen = jnp.where(visible.reshape(logits.shape), logits * scale, -jnp.inf)
+        seen = jnp.where(visible.reshape(logits.shape), logits * factor, -jnp.inf)
         return jnp.maximum(top, seen.max(axis=(0, 3, 4))), None
 
     empty = jnp.full((groups, num_heads // groups), -jnp.inf, jnp.float32)
@@ -207,6 +207,6 @@ def clip_layer(
     clipped = {
         name: clip_qkv(array, max_logits, **options) for name, array in (masters or {}).items()
     }
-    for name, parameter in parameters.items():
+    for parameter in parameters.values():
         parameter[...] = clip_qkv(parameter[...], max_logits, **options)
     return clipped
