@@ -45,8 +45,8 @@ def tree_bytes(tree: Any) -> int:
     """
 
     def size(leaf) -> int:
-        dtype = jnp.dtype(leaf.dtype)
-        if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        dtype = leaf.dtype
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
             return 0
         bits = jax.dtypes.itemsize_bits(dtype)
         return -(-math.prod(leaf.shape) * bits // 8)
@@ -93,7 +93,7 @@ def required_bytes(
       >>> 32 * required_bytes(config, batch_size=1, max_length=8192, dtype=jnp.bfloat16)  # Llama 3.1 8B
       1073741952
     """
-    options = dict(batch_size=batch_size, max_length=max_length, dtype=dtype)
+    options: dict[str, Any] = dict(batch_size=batch_size, max_length=max_length, dtype=dtype)
     if isinstance(config, DecoderConfig):
         return sum(
             required_bytes(layer, policy=kind, chunk_size=chunk, **options)
@@ -114,6 +114,7 @@ def _layers(config: DecoderConfig, policy: Policy, chunk_size: int | None):
     """`(config, policy, chunk_size)` of every layer."""
     for index, kind in enumerate(config.layers):
         if kind == "linear_attention":
+            assert config.gated_deltanet is not None
             yield config.gated_deltanet, policy, None
             continue
         layer = config.attention_at(index)

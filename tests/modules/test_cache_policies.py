@@ -46,14 +46,17 @@ def draw(seed, *shape):
 
 def run(layer, cache, x, sizes, lengths=None):
     """Outputs of the steps side by side, and the last cache; `lengths` per step, or None."""
-    outs, at = [], 0
+    outs, at, x = [], 0, np.asarray(x)  # NumPy slices without compiling
     for i, size in enumerate(sizes):
         out, cache = STEP(
-            layer, x[:, at : at + size], cache, lengths=None if lengths is None else lengths[i]
+            layer,
+            jnp.asarray(x[:, at : at + size]),
+            cache,
+            lengths=None if lengths is None else lengths[i],
         )
-        outs.append(out)
+        outs.append(np.asarray(out))
         at += size
-    return jnp.concatenate(outs, axis=1), cache
+    return np.concatenate(outs, axis=1), cache
 
 
 # The schedules of the reference system: prefill 16, 48 and 40 tokens in chunks of 16 (window 8, capacity 23), 32 tokens
@@ -96,9 +99,11 @@ def test_rows_of_different_lengths(policy):
     starts = np.cumsum([0, *sizes])
     for row in range(3):
         spans = [slice(at, at + n) for at, n in zip(starts, np.stack(counts)[:, row], strict=False)]
-        real = jnp.concatenate([x[row : row + 1, span] for span in spans], axis=1)
-        expected, alone = layer.step(real, layer.init_cache(1, 64, policy=policy))
-        got = jnp.concatenate([out[row : row + 1, span] for span in spans], axis=1)
+        pick = lambda a, row=row, spans=spans: np.concatenate(
+            [np.asarray(a)[row : row + 1, s] for s in spans], axis=1
+        )
+        real, got = pick(x), pick(out)
+        expected, alone = STEP(layer, jnp.asarray(real), layer.init_cache(1, 64, policy=policy))
         assert_close(got, expected, atol=3e-5, what=f"row {row}")
         assert cache.length[row] == alone.length[0] == real.shape[1]
 
