@@ -3,6 +3,8 @@
 from gqa_jax.attention import SelfAttention as SelfAttention
 from gqa_jax.cache import GatedDeltaNetState as GatedDeltaNetState
 from gqa_jax.cache import KVCache as KVCache
+from gqa_jax.cache import QuantizedKVCache as QuantizedKVCache
+from gqa_jax.cache import RingKVCache as RingKVCache
 from gqa_jax.config import AttentionConfig as AttentionConfig
 from gqa_jax.config import DecoderConfig as DecoderConfig
 from gqa_jax.config import GatedDeltaNetConfig as GatedDeltaNetConfig

@@ -1,23 +1,24 @@
 """Self-attention over one fused projection `[Q_g | K_g | V_g]` per key/value group."""
 
-from typing import Literal
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from gqa_jax.cache import KVCache, check_step
+from gqa_jax import qk_clip
+from gqa_jax.cache import AttentionCache, Policy, allocate, check_step
 from gqa_jax.config import AttentionConfig
 from gqa_jax.norms import L2Norm, RMSNorm
 from gqa_jax.projection import Projection
 from gqa_jax.rotary import apply_rotary, rotary_tables
-from pallas_kernels import decode_attention, gqa_attention
-
-MAX_DECODE_TOKENS = 16  # what `decode_attention` takes; longer steps are prefill
+from pallas_kernels import gqa_attention, gqa_attention_qkv
 
 
-def _head_norm(config: AttentionConfig, param_dtype) -> nnx.Module | None:
+def head_norm(config: AttentionConfig, param_dtype) -> nnx.Module | None:
+    """The configured norm of queries or keys."""
     match config.qk_norm:
         case "none":
             return None
@@ -30,6 +31,24 @@ def _head_norm(config: AttentionConfig, param_dtype) -> nnx.Module | None:
                 zero_centred=kind == "rms_zero_centred",
                 param_dtype=param_dtype,
             )
+
+
+def check_injected_norms(config: AttentionConfig, q_norm, k_norm) -> None:
+    """Raises `ValueError` for one norm without the other, or norms that the config does not know of."""
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("`q_norm` and `k_norm` must be given together")
+    if q_norm is not None and config.qk_norm == "none":
+        raise ValueError(
+            "`q_norm` and `k_norm` must be None when `config.qk_norm` is 'none': they take the place of its norm"
+        )
+
+
+def gated(out: Array, gate: Array, config: AttentionConfig) -> Array:
+    """`out * sigmoid(gate)` in the configured precision, in the dtype of `out`."""
+    if config.output_gate_dtype == "model":
+        return out * jax.nn.sigmoid(gate)
+    wide = out.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))
+    return wide.astype(out.dtype)
 
 
 class SelfAttention(nnx.Module):
@@ -47,7 +66,16 @@ class SelfAttention(nnx.Module):
     """
 
     def __init__(
-        self, config: AttentionConfig, *, rngs: nnx.Rngs, dtype=None, param_dtype=jnp.float32
+        self,
+        config: AttentionConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=None,
+        param_dtype=jnp.float32,
+        qkv: Callable | None = None,
+        out: Callable | None = None,
+        q_norm: Callable | None = None,
+        k_norm: Callable | None = None,
     ):
         """Builds the layer.
 
@@ -56,11 +84,19 @@ class SelfAttention(nnx.Module):
           rngs: the `params` stream initialises the kernels.
           dtype: dtype of the computation; None takes what inputs and parameters promote to.
           param_dtype: dtype of the parameters.
+          qkv: an NNX module or callable in place of ours, `[B, T, M] -> [B, T, K, R + 2 (or 2R + 2), D]`.
+          out: the same, `[B, T, K, R, D] -> [B, T, M]`.
+          q_norm, k_norm: the same, `[B, T, heads, D] -> [B, T, heads, D]`, applied where the config says.
+
+        Raises:
+          ValueError: one norm without the other, or norms while `config.qk_norm` is "none".
         """
+        check_injected_norms(config, q_norm, k_norm)
         self.config = config
+        self.dtype, self.param_dtype = dtype, param_dtype
         groups, per_group = config.num_kv_heads, config.q_per_kv
         width = per_group * (2 if config.output_gate else 1) + 2
-        self.qkv = Projection(
+        self.qkv = qkv or Projection(
             (config.model_dim,),
             (groups, width, config.head_dim),
             use_bias=config.qkv_bias,
@@ -68,7 +104,7 @@ class SelfAttention(nnx.Module):
             dtype=dtype,
             param_dtype=param_dtype,
         )
-        self.out = Projection(
+        self.out = out or Projection(
             (groups, per_group, config.head_dim),
             (config.model_dim,),
             use_bias=config.out_bias,
@@ -76,8 +112,8 @@ class SelfAttention(nnx.Module):
             dtype=dtype,
             param_dtype=param_dtype,
         )
-        self.q_norm = _head_norm(config, param_dtype)
-        self.k_norm = _head_norm(config, param_dtype)
+        self.q_norm = q_norm or head_norm(config, param_dtype)
+        self.k_norm = k_norm or head_norm(config, param_dtype)
         learnable = config.sinks == "learnable"
         self.sinks = nnx.Param(jnp.zeros((groups, per_group), param_dtype)) if learnable else None
 
@@ -90,8 +126,11 @@ class SelfAttention(nnx.Module):
         mask: Bool[Array, "B N T T"] | None = None,
         deterministic: bool = True,
         dropout_key: Array | None = None,
+        split_qkv: bool = True,
     ) -> Float[Array, "B T M"]:
         """Attention within each row.
+
+        Under `nnx.capture(qk_clip.MaxLogits)` it also records the largest logit of each head (see `qk_clip`).
 
         Args:
           x: `[B, T, M]`.
@@ -100,12 +139,14 @@ class SelfAttention(nnx.Module):
           mask: `[B or 1, N or 1, T, T]`, True where the query (rows) may attend, besides the rules above.
           deterministic: False drops attention weights at the configured rate.
           dropout_key: needed for that.
+          split_qkv: False hands the fused projection to the operator as it is, for layers that do nothing in between.
 
         Returns:
-          `[B, T, M]`.
+          `[B, T, M]`; zeros on padding.
 
         Raises:
-          ValueError: shapes that do not fit, or dropout without a key.
+          ValueError: shapes that do not fit, dropout without a key, or split_qkv=False with a norm, a rotary
+            embedding or a gate.
         """
         config = self.config
         if x.ndim != 3 or x.shape[-1] != config.model_dim:
@@ -115,13 +156,7 @@ class SelfAttention(nnx.Module):
             raise ValueError(
                 f"`dropout_key` must be given when deterministic=False and dropout_rate={dropout_rate}"
             )
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-        query, key, value, gate = self._project(x, positions)
-        out = gqa_attention(
-            query,
-            key,
-            value,
+        options = dict(
             is_causal=config.is_causal,
             mask=mask,
             query_segment_ids=segment_ids,
@@ -130,7 +165,20 @@ class SelfAttention(nnx.Module):
             dropout_key=dropout_key,
             **self._logit_options(),
         )
-        return self._finish(out, gate)
+        gate = None
+        if split_qkv:
+            if positions is None:
+                positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+            query, key, value, gate = self.project(x, positions)
+            self._record_max_logits(query, key, segment_ids, mask)
+            out = gqa_attention(query, key, value, **options)
+        else:
+            self._check_fused(positions)
+            out = gqa_attention_qkv(checkpoint_name(self.qkv(x), "qkv"), **options)
+        out = self._finish(out, gate)
+        if segment_ids is not None:
+            out = jnp.where((segment_ids < 0)[..., None], jnp.zeros((), out.dtype), out)
+        return out
 
     def init_cache(
         self,
@@ -138,41 +186,45 @@ class SelfAttention(nnx.Module):
         max_length: int,
         *,
         dtype=None,
-        policy: Literal["full"] = "full",
-    ) -> KVCache:
+        policy: Policy = "full",
+        chunk_size: int | None = None,
+    ) -> AttentionCache:
         """An empty cache for `batch_size` rows of up to `max_length` tokens.
 
         Args:
           batch_size, max_length: B and S.
           dtype: of keys and values; None means the dtype of the computation.
-          policy: "full" keeps every token.
+          policy: "full", "ring", "int8" or "fp8"; see `gqa_jax.cache.allocate`.
+          chunk_size: with "ring", the most tokens that a step writes in place.
 
         Raises:
-          ValueError: sizes that are not positive, an unknown policy, or an encoder (which has nothing to decode).
+          ValueError: sizes that are not positive, an unknown policy, arguments that the policy has no use for, or an
+            encoder (which has nothing to decode).
         """
         config = self.config
-        if batch_size < 1 or max_length < 1:
-            raise ValueError(
-                f"`batch_size` and `max_length` must be positive, got {batch_size} and {max_length}"
-            )
-        if policy != "full":
-            raise ValueError(f"`policy` must be 'full', got {policy!r}")
         if not config.is_causal:
             raise ValueError("`is_causal` must be True for a layer that decodes, got False")
-        dtype = dtype or self.qkv.dtype or self.qkv.kernel[...].dtype
-        shape = (batch_size, config.num_kv_heads, max_length, config.head_dim)
-        return KVCache(
-            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch_size,), jnp.int32)
+        if dtype is None and policy in ("full", "ring"):
+            dtype = self._compute_dtype()
+        return allocate(
+            policy,
+            batch_size=batch_size,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            max_length=max_length,
+            dtype=dtype,
+            sliding_window=config.sliding_window,
+            chunk_size=chunk_size,
         )
 
     def step(
         self,
         x: Float[Array, "B T M"],
-        cache: KVCache,
+        cache: AttentionCache,
         *,
         lengths: Int[Array, "B"] | None = None,
         positions: Int[Array, "B T"] | Int[Array, "3 B T"] | None = None,
-    ) -> tuple[Float[Array, "B T M"], KVCache]:
+    ) -> tuple[Float[Array, "B T M"], AttentionCache]:
         """Appends T >= 1 tokens to each row and attends from them: prefill, in any split, and decoding.
 
         Args:
@@ -195,24 +247,41 @@ class SelfAttention(nnx.Module):
             lengths = jnp.full((batch,), num_new, jnp.int32)
         if positions is None:
             positions = start[:, None] + jnp.arange(num_new, dtype=jnp.int32)[None, :]
-        query, key, value, gate = self._project(x, positions)
-        cache = cache.append(key, value, lengths)
-        if num_new <= MAX_DECODE_TOKENS:
-            out = decode_attention(
-                query, cache.key, cache.value, start + num_new, **self._logit_options()
-            )
-        else:
-            out = gqa_attention(
-                query,
-                jnp.swapaxes(cache.key, 1, 2).astype(query.dtype),
-                jnp.swapaxes(cache.value, 1, 2).astype(query.dtype),
-                is_causal=True,
-                q_offset=start,
-                **self._logit_options(),
-            )
-        lost = cache.overflowed()[:, None, None, None]
-        out = jnp.where(lost, jnp.asarray(jnp.nan, out.dtype), out)
+        query, key, value, gate = self.project(x, positions)
+        out, cache = cache.append_and_attend(query, key, value, lengths, **self._logit_options())
         return self._finish(out, gate), cache
+
+    def _compute_dtype(self):
+        if self.dtype is not None:
+            return self.dtype
+        kernel = getattr(self.qkv, "kernel", None)
+        return self.param_dtype if kernel is None else kernel[...].dtype
+
+    def _check_fused(self, positions: Array | None) -> None:
+        config = self.config
+        between = {
+            "a query/key norm": self.q_norm is not None,
+            "a rotary embedding": config.rope is not None,
+            "an output gate": config.output_gate,
+            "`positions`": positions is not None,
+        }
+        found = [name for name, present in between.items() if present]
+        if found:
+            raise ValueError(f"`split_qkv` must be True with {' and '.join(found)}, got False")
+
+    def _record_max_logits(self, query: Array, key: Array, segment_ids, mask) -> None:
+        if not qk_clip.is_recording(self):
+            return
+        top = qk_clip.max_logits(
+            query,
+            key,
+            scale=self.config.scale,
+            is_causal=self.config.is_causal,
+            sliding_window=self.config.sliding_window,
+            segment_ids=segment_ids,
+            mask=mask,
+        )
+        self.sow(qk_clip.MaxLogits, "max_logits", top, capture_noop=True)
 
     def _logit_options(self) -> dict:
         config = self.config
@@ -228,10 +297,10 @@ class SelfAttention(nnx.Module):
             logits_soft_cap=config.logits_soft_cap,
         )
 
-    def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array, Array | None]:
-        """Query `[B, T, N, D]`, key and value `[B, T, K, D]`, gate `[B, T, K, R, D]` or None."""
+    def project(self, x: Array, positions: Array) -> tuple[Array, Array, Array, Array | None]:
+        """What attention reads: query `[B, T, N, D]`, key, value `[B, T, K, D]`, gate `[B, T, K, R, D]` or None."""
         config = self.config
-        fused = self.qkv(x)  # [B, T, K, R + 2 or 2R + 2, D]
+        fused = checkpoint_name(self.qkv(x), "qkv")  # [B, T, K, R + 2 or 2R + 2, D]
         per_group = config.q_per_kv
         query, key, value = fused[..., :per_group, :], fused[..., -2, :], fused[..., -1, :]
         gate = fused[..., per_group : 2 * per_group, :] if config.output_gate else None
@@ -240,7 +309,8 @@ class SelfAttention(nnx.Module):
         def normalise(query, key):
             if self.q_norm is None or self.k_norm is None:
                 return query, key
-            return self.q_norm(query), self.k_norm(key)
+            normed = self.q_norm(query), self.k_norm(key)
+            return tuple(checkpoint_name(x, "norm_out") for x in normed)
 
         if config.qk_norm_position == "before_rope":
             query, key = normalise(query, key)
@@ -255,11 +325,6 @@ class SelfAttention(nnx.Module):
     def _finish(self, out: Array, gate: Array | None) -> Array:
         """Output gate and projection of `[B, T, N, D]`."""
         config = self.config
+        out = checkpoint_name(out, "core_attention")
         out = out.reshape(*out.shape[:2], config.num_kv_heads, config.q_per_kv, config.head_dim)
-        if gate is not None:
-            if config.output_gate_dtype == "float32":
-                wide = out.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))
-                out = wide.astype(out.dtype)
-            else:
-                out = out * jax.nn.sigmoid(gate)
-        return self.out(out)
+        return self.out(out if gate is None else gated(out, gate, config))

@@ -1,0 +1,50 @@
+"""The state of a Gated DeltaNet layer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gqa_jax.cache.rewinding import Rewound, target_positions
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GatedDeltaNetState:
+    """All that a Gated DeltaNet layer remembers; its size does not depend on the number of tokens.
+
+    Attributes:
+      conv: `[B, W, Hk, 2 Dk + n Dv]`, the last W inputs of the convolution, oldest first.
+      state: `[B, Hv, Dk, Dv]` float32.
+      length: `[B]` int32, tokens seen per row.
+    """
+
+    conv: Float[Array, "B W Hk F"]
+    state: Float[Array, "B Hv Dk Dv"]
+    length: Int[Array, "B"]
+
+    @property
+    def max_tokens(self) -> int | None:
+        """None: any number of tokens."""
+        return None
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.length.shape[-1]
+
+    def reset(self) -> "GatedDeltaNetState":
+        """The same memory, no tokens."""
+        return jax.tree.map(jnp.zeros_like, self)
+
+    def rewind(self, position: int | Int[Array, "B"]) -> Rewound:
+        """Accepts where the row is (nothing to do) and 0 (an empty state): what was folded in cannot be taken out."""
+        position = target_positions(position, self.length)
+        emptied = position == 0
+
+        def clear(x: Array) -> Array:
+            rows = emptied.reshape(emptied.shape + (1,) * (x.ndim - emptied.ndim))
+            return jnp.where(rows, jnp.zeros((), x.dtype), x)
+
+        return Rewound(jax.tree.map(clear, self), emptied | (position == self.length))

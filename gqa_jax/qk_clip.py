@@ -1,0 +1,212 @@
+"""QK-clip (Kimi K2, arXiv 2507.20534, section 2.1): after an optimizer step, shrink the query and key weights of the
+groups whose attention logits have grown beyond a threshold.
+
+Record the largest logits with the forward pass, then clip:
+
+  >>> loss_fn = nnx.capture(loss, qk_clip.MaxLogits)
+  >>> loss, recorded = loss_fn(model, batch)
+  >>> qk_clip.clip_layer(layer, recorded["layers"][0]["mixer"]["max_logits"][0], threshold=100.0)
+
+Everything acts on the group axis elementwise, so it is right whatever axis of the parameters is sharded; logits come
+from global arrays, so their maximum already spans data and context parallel shards.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+KEY_BLOCK = (
+    512  # keys per step of the scan in `max_logits`: bounds its memory at T * 512 logits per head
+)
+
+
+class MaxLogits(nnx.Intermediate):
+    """The variable type under which `SelfAttention` records `max_logits` `[K, R]` inside `nnx.capture`."""
+
+
+class ClipFactors(NamedTuple):
+    """What queries and keys of each group are multiplied by.
+
+    Attributes:
+      query: `[..., K]` float32, eta ** alpha.
+      key: `[..., K]` float32, eta ** (1 - alpha).
+    """
+
+    query: jax.Array
+    key: jax.Array
+
+
+def is_recording(layer: nnx.Module) -> bool:
+    """Whether a forward pass of `layer` runs inside `nnx.capture` of `MaxLogits`."""
+    return any(type(captured) is MaxLogits for captured in getattr(layer, "__captures__", ()))
+
+
+def max_logits(
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B T K D"],
+    *,
+    scale: float | None = None,
+    is_causal: bool = True,
+    sliding_window: int | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    mask: Bool[Array, "B N T T"] | None = None,
+) -> Float[Array, "K R"]:
+    """The largest scaled logit of each head over all visible pairs of a batch, before any soft cap; O(T) memory.
+
+    Args:
+      query, key: as attention reads them.
+      scale, is_causal, sliding_window, segment_ids, mask: as attention has them.
+
+    Returns:
+      `[K, R]` float32, without gradient; -inf for a head that sees nothing.
+    """
+    query, key = jax.lax.stop_gradient((query, key))
+    batch, length, num_heads, head_dim = query.shape
+    groups = key.shape[2]
+    factor = head_dim**-0.5 if scale is None else scale
+    grouped = query.reshape(batch, length, groups, num_heads // groups, head_dim)
+    block = min(KEY_BLOCK, length)
+    index = jnp.arange(length, dtype=jnp.int32)
+
+    def step(top: Array, start: Array) -> tuple[Array, None]:
+        # The last block is moved back inside the row; its overlap is counted twice, which a maximum does not mind.
+        begin = jnp.minimum(start, length - block)
+        slice_keys = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, begin, block, axis)
+        logits = jnp.einsum(
+            "btkrd,bskd->bkrts",
+            grouped,
+            slice_keys(key, 1),
+            preferred_element_type=jnp.float32,
+            precision="highest",
+        )
+        distance = index[:, None] - (begin + jnp.arange(block, dtype=jnp.int32))[None, :]
+        visible = (distance >= 0) if is_causal else jnp.ones_like(distance, bool)
+        if sliding_window is not None:
+            visible &= distance < sliding_window
+        visible = visible[None, None]
+        if segment_ids is not None:
+            of_keys = slice_keys(segment_ids, 1)[:, None, None, :]
+            of_queries = segment_ids[:, None, :, None]
+            visible = visible & (of_keys == of_queries) & (of_queries >= 0)
+        if mask is not None:
+            visible = visible & slice_keys(mask, 3)
+        visible = jnp.broadcast_to(visible, (batch, num_heads, length, block))
+        seen = jnp.where(visible.reshape(logits.shape), logits * factor, -jnp.inf)
+        return jnp.maximum(top, seen.max(axis=(0, 3, 4))), None
+
+    empty = jnp.full((groups, num_heads // groups), -jnp.inf, jnp.float32)
+    return jax.lax.scan(step, empty, jnp.arange(0, length, block, dtype=jnp.int32))[0]
+
+
+def clip_factors(
+    max_logits: Float[Array, "... K R"], *, threshold: float = 100.0, alpha: float = 0.5
+) -> ClipFactors:
+    """Factors of each group: with eta = min(1, threshold / max over the group's R heads), eta^alpha and eta^(1-alpha).
+
+    Args:
+      max_logits: `[..., K, R]`, the largest logit of each query head.
+      threshold: logits up to here are left alone.
+      alpha: share of the queries in the shrinking, from 0 to 1.
+
+    Raises:
+      ValueError: no logits were recorded, or a threshold or share out of range.
+    """
+    if max_logits is None:
+        raise ValueError("`max_logits` must be recorded in a forward pass first, got None")
+    if not threshold > 0:
+        raise ValueError(f"`threshold` must be positive, got {threshold}")
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"`alpha` must be in [0, 1], got {alpha}")
+    top = max_logits.astype(jnp.float32).max(axis=-1)
+    # Logits that are not positive need no shrinking; without the guard they would divide to a negative eta.
+    eta = jnp.minimum(1.0, threshold / jnp.where(top > 0, top, threshold))
+    return ClipFactors(eta**alpha, eta ** (1.0 - alpha))
+
+
+def clip_qkv(
+    fused: Float[Array, "... K W D"],
+    max_logits: Float[Array, "... K R"],
+    *,
+    threshold: float = 100.0,
+    alpha: float = 0.5,
+) -> Float[Array, "... K W D"]:
+    """A fused kernel `[M, K, W, D]` or bias `[K, W, D]`, its queries and key scaled by `clip_factors`.
+
+    Values and output gates keep every bit, and so does every group under the threshold. Works on any array with these
+    last axes: parameters, float32 master copies, shards of whole groups.
+
+    Args:
+      fused: W is R + 2, or 2R + 2 with an output gate. Leading axes before M stack layers, and then
+        `max_logits` has them too.
+      max_logits: `[K, R]`.
+
+    Raises:
+      ValueError: besides those of `clip_factors`, groups or heads that do not fit.
+    """
+    factors = clip_factors(max_logits, threshold=threshold, alpha=alpha)
+    groups, per_group = max_logits.shape[-2:]
+    width = fused.shape[-2]
+    if fused.shape[-3] != groups or width not in (per_group + 2, 2 * per_group + 2):
+        raise ValueError(
+            f"`fused` must have shape [..., K={groups}, R + 2 or 2R + 2, D] with R={per_group}, got {fused.shape}"
+        )
+    slot = jnp.arange(width)
+    by_slot = jnp.select(
+        [(slot < per_group)[None], (slot == width - 2)[None]],
+        [factors.query[..., None], factors.key[..., None]],
+        1.0,
+    )  # [..., K, W]
+    stacked = by_slot.ndim - 2
+    missing = fused.ndim - stacked - 3  # the axis M, which a bias has not
+    by_slot = by_slot.reshape(by_slot.shape[:stacked] + (1,) * missing + (groups, width, 1))
+    wide = fused.astype(np.promote_types(fused.dtype, np.float32))
+    scaled = (wide * by_slot.astype(wide.dtype)).astype(fused.dtype)
+    return jnp.where(by_slot == 1.0, fused, scaled)
+
+
+def clip_layer(
+    layer: Any,
+    max_logits: Float[Array, "K R"],
+    *,
+    threshold: float = 100.0,
+    alpha: float = 0.5,
+    masters: Mapping[str, Array] | None = None,
+) -> dict[str, Array]:
+    """Clips the fused projection of a `SelfAttention` in place, and returns its master copies clipped alike.
+
+    Args:
+      layer: the layer.
+      max_logits: `[K, R]`, as recorded.
+      threshold, alpha: see `clip_factors`.
+      masters: the optimizer's own copies of the parameters, "kernel" and, if there is one, "bias".
+
+    Returns:
+      `masters` clipped (empty without any): put them back into the optimizer's state.
+
+    Raises:
+      ValueError: besides those of `clip_qkv`: queries and keys are normalised, so that scaling their weights would
+        change nothing; or masters that are not parameters of the projection.
+    """
+    if layer.q_norm is not None:
+        raise ValueError(
+            "`layer` must not normalise queries and keys, got qk_norm="
+            f"{layer.config.qk_norm!r}: a norm undoes any scaling of the projection"
+        )
+    parameters = {"kernel": layer.qkv.kernel}
+    if layer.qkv.bias is not None:
+        parameters["bias"] = layer.qkv.bias
+    unknown = set(masters or {}) - set(parameters)
+    if unknown:
+        raise ValueError(f"`masters` must hold only {sorted(parameters)}, got {sorted(unknown)}")
+    options = dict(threshold=threshold, alpha=alpha)
+    clipped = {
+        name: clip_qkv(array, max_logits, **options) for name, array in (masters or {}).items()
+    }
+    for parameter in parameters.values():
+        parameter[...] = clip_qkv(parameter[...], max_logits, **options)
+    return clipped
