@@ -1,9 +1,11 @@
 """Real text that every machine with Python has: the source of its standard library, as bytes."""
 
+import codecs
 import math
 import pathlib
 import sysconfig
 import zlib
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -66,6 +68,14 @@ def random_windows(
         raise ValueError(f"`data` must hold at least length={length} bytes, got {len(data)}")
     starts = rng.integers(0, len(data) - length + 1, batch_size)
     return data[starts[:, None] + np.arange(length)].astype(np.int32)
+
+
+def as_text(tokens: Iterable[int]) -> Iterator[str]:
+    """UTF-8 text as its bytes arrive; what is no UTF-8 becomes U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        yield decoder.decode(bytes([token]))
+    yield decoder.decode(b"", final=True)
 
 
 def zlib_bits_per_byte(data: np.ndarray) -> float:

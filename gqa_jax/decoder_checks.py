@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
@@ -23,12 +24,15 @@ def check_token_range(tokens: Array, vocab_size: int, real: Array | None) -> Non
     """Raises where a real token (all, if `real` is None) is no id; cannot see inside `jit`."""
     if isinstance(tokens, Tracer) or isinstance(real, Tracer):
         return
-    outside = (tokens < 0) | (tokens >= vocab_size)
+    ids = np.asarray(
+        tokens
+    )  # numpy, because inside `jit` even constants become tracers in jax.numpy
+    outside = (ids < 0) | (ids >= vocab_size)
     if real is not None:
-        outside = outside & real
+        outside = outside & np.asarray(real)
     if outside.any():
         raise ValueError(
-            f"`tokens` must lie in [0, vocab_size={vocab_size}), got {tokens[outside][0]}"
+            f"`tokens` must lie in [0, vocab_size={vocab_size}), got {ids[outside][0]}"
         )
 
 
@@ -44,8 +48,10 @@ def check_cache(cache: tuple, num_entries: int, tokens: Array, lengths: Array | 
             raise ValueError(f"`lengths` must have shape [B={batch}], got {lengths.shape}")
         if not jnp.issubdtype(lengths.dtype, jnp.integer):
             raise TypeError(f"`lengths` must be an integer array, got {lengths.dtype}")
-        if not isinstance(lengths, Tracer) and ((lengths < 0) | (lengths > num_new)).any():
-            raise ValueError(f"`lengths` must lie in [0, T={num_new}], got {lengths.tolist()}")
+        if not isinstance(lengths, Tracer):
+            counts = np.asarray(lengths)
+            if ((counts < 0) | (counts > num_new)).any():
+                raise ValueError(f"`lengths` must lie in [0, T={num_new}], got {counts.tolist()}")
     for entry in cache:
         if entry.length.shape[-1] != batch:
             raise ValueError(
@@ -57,7 +63,7 @@ def check_cache(cache: tuple, num_entries: int, tokens: Array, lengths: Array | 
     capacity = attention.key.shape[-2]
     needed = num_new
     if not isinstance(attention.length, Tracer) and not isinstance(lengths, Tracer):
-        held = attention.length + (num_new if lengths is None else lengths.astype(jnp.int32))
+        held = np.asarray(attention.length) + (num_new if lengths is None else np.asarray(lengths))
         needed = max(needed, int(held.max()))
     if needed > capacity:
         raise ValueError(
