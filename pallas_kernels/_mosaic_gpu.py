@@ -58,7 +58,8 @@ def transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
     """How a `[rows, columns]` tile lies in shared memory so that both TMA and wgmma read it without conflicts."""
     size = jnp.dtype(dtype).itemsize
     swizzle = next(s for s in (128, 64, 32) if columns * size % s == 0)
-    return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+    tiling = plgpu.TilingTransform((8, swizzle // size))  # pyright: ignore[reportAbstractUsage]
+    return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
 def tile(shape: tuple[int, ...], dtype: Any) -> Any:
