@@ -3,11 +3,15 @@
 from typing import NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch
-from pallas_kernels.delta_rule import reference
+from pallas_kernels.delta_rule import algebra, chunked, reference, tuning, vjp
+
+_STEP_TOKENS = 8
 
 
 class GatedDeltaRuleOutput(NamedTuple):
@@ -15,100 +19,278 @@ class GatedDeltaRuleOutput(NamedTuple):
 
     Attributes:
       out: `[B, T, Hv, Dv]`, the value's dtype.
-      final_state: `[B, Hv, Dk, Dv]` float32 (float64 for float64 inputs).
+      final_state: `[B, Hv, Dk, Dv]` (`[num_sequences, Hv, Dk, Dv]` with `cu_seqlens`), float32 (float64 for float64
+        inputs).
     """
 
     out: jax.Array
     final_state: jax.Array
 
 
+class GatedDeltaRuleStepOutput(NamedTuple):
+    """Output and state after a decode step.
+
+    Attributes:
+      out: `[B, T, Hv, Dv]`, the value's dtype.
+      final_state: the state argument's shape, float32 (float64 for float64 inputs): the new states, in their slots.
+      states: `[B, T, Hv, Dk, Dv]`, the state after each token, or None unless `return_states`.
+    """
+
+    out: jax.Array
+    final_state: jax.Array
+    states: jax.Array | None
+
+
 def gated_delta_rule(
     query: Float[Array, "B T Hk Dk"],
     key: Float[Array, "B T Hk Dk"],
     value: Float[Array, "B T Hv Dv"],
-    g: Float[Array, "B T Hv"],
+    g: Float[Array, "B T Hv"] | Float[Array, "B T Hk Dk"],
     beta: Float[Array, "B T Hv"],
     *,
     initial_state: Float[Array, "B Hv Dk Dv"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    cu_seqlens: Int[Array, "num_sequences+1"] | None = None,
     scale: float | None = None,
     use_qk_l2norm: bool = False,
+    chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> GatedDeltaRuleOutput:
-    """Gated delta rule over whole sequences; `g` is the natural-log decay (<= 0)."""
-    _check(query, key, value, g, beta, initial_state, segment_ids)
-    _dispatch.resolve("gated_delta_rule", implementation, _REASONS)
-    batch, _, _, key_dim = query.shape
-    heads, value_dim = value.shape[2:]
-    compute = jnp.promote_types(value.dtype, jnp.float32)
-    if use_qk_l2norm:
-        query, key = reference.l2_normalize(query), reference.l2_normalize(key)
+    """Gated delta rule: `S_t = e^g_t S_{t-1} + k_t beta_t (v_t - e^g_t S_{t-1}^T k_t)^T`, `out_t = scale S_t^T q_t`.
+
+    Args:
+      query, key: `[B, T, Hk, Dk]`, T >= 0. Keys should have length at most 1 (`use_qk_l2norm`): with longer ones the
+        rule itself is unstable.
+      value: `[B, T, Hv, Dv]`, Hv a multiple of Hk; value head h reads key head `h // (Hv // Hk)`.
+      g: `[B, T, Hv]`, natural-log decay, <= 0; or `[B, T, Hk, Dk]`, one decay per key channel (Kimi delta attention).
+      beta: `[B, T, Hv]`, writing strength, in [0, 1], or up to 2 for negative eigenvalues.
+      initial_state: `[B, Hv, Dk, Dv]`, or `[num_sequences, Hv, Dk, Dv]` with `cu_seqlens`; zeros if None. With
+        `segment_ids` it belongs to the segment of each row's first real token.
+      segment_ids: `[B, T]`. The state restarts from zero where the id changes. Negative ids are padding: never read,
+        output 0, transparent to the state. The final state is that of the row's last segment.
+      cu_seqlens: `[num_sequences + 1]` int32, `[0, ..., T]` not decreasing, only with B = 1: sequence i holds tokens
+        `cu_seqlens[i] : cu_seqlens[i + 1]` (possibly none), with its own initial and final state. Tokens past the last
+        boundary are padding.
+      scale: multiplies the output; None means `Dk ** -0.5`.
+      use_qk_l2norm: `x * rsqrt(sum x^2 + 1e-6)` on query and key, in float32.
+      chunk_size: tokens of a chunk, 16, 32, 64 or 128; None lets measurement choose.
+      implementation: None or a name below.
+
+    | name | runs on | dtypes | backward | vmap | bitwise repeatable |
+    |---|---|---|---|---|---|
+    | "chunked" | XLA, any device | bf16, fp16, fp32, fp64 | by hand, reverse mode, any order | yes | yes |
+    | "reference" | XLA, any device | bf16, fp16, fp32, fp64 | automatic, forward and reverse | yes | yes |
+
+    Sums, gates and states are float32 (float64 for float64 values). None takes "chunked", and the token recurrence
+    for a handful of tokens. `jax.jvp`, `jax.jacfwd` and `jax.hessian` need `implementation="reference"`.
+
+    Raises:
+      TypeError, ValueError: naming the argument.
+      NotImplementedError: the implementation asked for cannot run the call.
+
+    Source: Gated Delta Networks (arXiv 2412.06464), section 3.3; derivation in docs/gated_delta_rule.md.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> q = jnp.ones((1, 3, 1, 4)) / 2
+      >>> g = jnp.zeros((1, 3, 1))
+      >>> gated_delta_rule(q, q, jnp.ones((1, 3, 1, 2)), g, g + 1, scale=1.0).out[0, :, 0, 0].tolist()
+      [1.0, 1.0, 1.0]
+    """
+    sizes = _check(query, key, value, g, beta, initial_state, segment_ids, cu_seqlens, chunk_size)
+    reasons = _reasons(sizes["T"], g, chunk_size)
+    chosen = _dispatch.resolve("gated_delta_rule", implementation, reasons)
+    compute = algebra.compute_dtype(value.dtype)
+    scale = float(sizes["Dk"] ** -0.5 if scale is None else scale)
     if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, key_dim, value_dim), compute)
-    out, states = reference.recurrent(
-        query, key, value, g, beta, initial_state=initial_state, segment_ids=segment_ids,
-        scale=key_dim**-0.5 if scale is None else scale,
-    )  # fmt: skip
-    final = states[:, -1] if value.shape[1] else initial_state.astype(compute)
-    return GatedDeltaRuleOutput(out, final)
+        shape = (sizes["sequences"], sizes["Hv"], sizes["Dk"], sizes["Dv"])
+        initial_state = jnp.zeros(shape, compute)
+    initial_state = initial_state.astype(compute)
+    if 0 in (sizes["B"], sizes["T"]):
+        return GatedDeltaRuleOutput(jnp.zeros_like(value), initial_state)
+    if cu_seqlens is not None:
+        cu_seqlens = jnp.asarray(cu_seqlens)
+    if chosen == "reference":
+        out, final, _ = reference.recurrent(
+            query, key, value, g, beta, initial_state=initial_state, scale=scale,
+            use_qk_l2norm=use_qk_l2norm, segment_ids=segment_ids, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+        return GatedDeltaRuleOutput(out, final)
+    plan = _plan(sizes, cu_seqlens, scale, use_qk_l2norm, chunk_size)
+    tokens = chunked.Tokens(query, key, value, g, beta)
+    return GatedDeltaRuleOutput(
+        *vjp.gated_delta_rule(
+            plan, tokens, initial_state, segment_ids=segment_ids, cu_seqlens=cu_seqlens
+        )
+    )
 
 
 def gated_delta_rule_step(
     query: Float[Array, "B T Hk Dk"],
     key: Float[Array, "B T Hk Dk"],
     value: Float[Array, "B T Hv Dv"],
-    g: Float[Array, "B T Hv"],
+    g: Float[Array, "B T Hv"] | Float[Array, "B T Hk Dk"],
     beta: Float[Array, "B T Hv"],
-    state: Float[Array, "B Hv Dk Dv"],
+    state: Float[Array, "B Hv Dk Dv"] | Float[Array, "num_slots Hv Dk Dv"],
     *,
+    slots: Int[Array, "B"] | None = None,
+    return_states: bool = False,
     scale: float | None = None,
     use_qk_l2norm: bool = False,
     implementation: str | None = None,
-) -> GatedDeltaRuleOutput:
-    """Advances `state` by T <= 8 tokens."""
-    if not 1 <= query.shape[1] <= 8:
-        raise ValueError(
-            f"`query` must hold 1 to 8 tokens, got T={query.shape[1]}; use gated_delta_rule"
+) -> GatedDeltaRuleStepOutput:
+    """Advances decode states by T <= 8 tokens.
+
+    Args:
+      query, key, value, g, beta: as for `gated_delta_rule`, 1 <= T <= 8.
+      state: `[B, Hv, Dk, Dv]`, or a pool `[num_slots, Hv, Dk, Dv]` with `slots`. Donate it: the update is in place
+        when the caller's jit allows.
+      slots: `[B]`, each row's place in the pool, all different; -1 is a padding row, which changes no state and
+        yields 0.
+      return_states: also return the state after every token, so that speculative decoding can roll back to any.
+      scale, use_qk_l2norm: as for `gated_delta_rule`.
+      implementation: None or "reference" (XLA, any device, every dtype, differentiable to any order).
+
+    Raises:
+      TypeError, ValueError: naming the argument.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x, g, pool = jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1, 1)), jnp.zeros((5, 1, 2, 2))
+      >>> step = gated_delta_rule_step(x, x, x, g, g + 1, pool, slots=jnp.array([3]))
+      >>> step.final_state.sum((1, 2, 3)).tolist()
+      [0.0, 0.0, 0.0, 4.0, 0.0]
+    """
+    sizes = _check_step(query, key, value, g, beta, state, slots)
+    _dispatch.resolve("gated_delta_rule_step", implementation, _STEP_REASONS)
+    compute = algebra.compute_dtype(value.dtype)
+    state = state.astype(compute)
+    rows, segment_ids = state, None
+    if slots is not None:
+        rows = state[jnp.maximum(slots, 0)]
+        segment_ids = jnp.broadcast_to(
+            jnp.where(slots < 0, -1, 0)[:, None], (sizes["B"], sizes["T"])
         )
-    return gated_delta_rule(
-        query, key, value, g, beta, initial_state=state, scale=scale, use_qk_l2norm=use_qk_l2norm,
-        implementation=implementation,
+    out, rows, states = reference.recurrent(
+        query, key, value, g, beta, initial_state=rows, segment_ids=segment_ids,
+        scale=float(sizes["Dk"] ** -0.5 if scale is None else scale),
+        use_qk_l2norm=use_qk_l2norm, keep_states=return_states, unroll=sizes["T"],
     )  # fmt: skip
+    if slots is not None:
+        nowhere = state.shape[0]
+        rows = state.at[jnp.where(slots < 0, nowhere, slots)].set(rows, mode="drop")
+    return GatedDeltaRuleStepOutput(out, rows, states)
 
 
 def explain_gated_delta_rule(
-    query, key, value, g, beta, *, initial_state=None, segment_ids=None, **options
-) -> _dispatch.Explanation:
+    query, key, value, g, beta, *, initial_state=None, segment_ids=None, cu_seqlens=None,
+    scale=None, use_qk_l2norm=False, chunk_size=None, implementation=None,
+) -> _dispatch.Explanation:  # fmt: skip
     """Implementation choice for `gated_delta_rule`."""
-    del options
-    _check(query, key, value, g, beta, initial_state, segment_ids)
-    return _dispatch.explain("gated_delta_rule", _REASONS)
+    del scale, use_qk_l2norm, implementation
+    sizes = _check(query, key, value, g, beta, initial_state, segment_ids, cu_seqlens, chunk_size)
+    return _dispatch.explain("gated_delta_rule", _reasons(sizes["T"], g, chunk_size))
 
 
 def explain_gated_delta_rule_step(
-    query, key, value, g, beta, state, **options
-) -> _dispatch.Explanation:
+    query, key, value, g, beta, state, *, slots=None, return_states=False,
+    scale=None, use_qk_l2norm=False, implementation=None,
+) -> _dispatch.Explanation:  # fmt: skip
     """Implementation choice for `gated_delta_rule_step`."""
-    del options
-    _check(query, key, value, g, beta, state, None)
-    return _dispatch.explain("gated_delta_rule_step", _REASONS)
+    del return_states, scale, use_qk_l2norm, implementation
+    _check_step(query, key, value, g, beta, state, slots)
+    return _dispatch.explain("gated_delta_rule_step", _STEP_REASONS)
 
 
-_REASONS: dict[str, str | None] = {"reference": None}
+_STEP_REASONS: dict[str, str | None] = {"reference": None}
 
 
-def _check(query, key, value, g, beta, initial_state, segment_ids) -> None:
+def _reasons(length, g, chunk_size) -> dict[str, str | None]:
+    order = ["chunked", "reference"]
+    if length <= tuning.RECURRENT_TOKENS:
+        order.reverse()
+    return {
+        name: tuning.unsupported_reason(name, per_channel=g.ndim == 4, chunk_size=chunk_size)
+        for name in order
+    }
+
+
+def _plan(sizes, cu_seqlens, scale, use_qk_l2norm, chunk_size) -> chunked.Plan:
+    sequences = None if cu_seqlens is None else sizes["sequences"]
+    chunk = chunk_size or tuning.chunk_size(sizes["T"], sequences)
+    count = chunked.chunk_count(sizes["T"], sequences, chunk)
+    lanes = tuning.segments(count, _dispatch.platform())
+    return chunked.Plan(
+        batch=sizes["B"], length=sizes["T"], chunk=chunk, lanes=lanes, steps=-(-count // lanes),
+        scale=scale, use_qk_l2norm=use_qk_l2norm,
+    )  # fmt: skip
+
+
+def _check_operands(query, key, value, g, beta) -> dict[str, int]:
     sizes: dict[str, int] = {}
     _checks.check_array("query", query, "B T Hk Dk", sizes)
     _checks.check_array("key", key, "B T Hk Dk", sizes)
     _checks.check_array("value", value, "B T Hv Dv", sizes)
-    _checks.check_array("g", g, "B T Hv", sizes)
+    per_channel = len(getattr(g, "shape", ())) == 4
+    _checks.check_array("g", g, "B T Hk Dk" if per_channel else "B T Hv", sizes)
     _checks.check_array("beta", beta, "B T Hv", sizes)
     for name, array in (("query", query), ("key", key), ("value", value), ("g", g), ("beta", beta)):
         _checks.check_float(name, array)
     _checks.check_multiple("Hv", sizes["Hv"], "Hk", sizes["Hk"])
-    if initial_state is not None:
-        _checks.check_array("initial_state", initial_state, "B Hv Dk Dv", sizes)
+    return sizes
+
+
+def _check(
+    query, key, value, g, beta, initial_state, segment_ids, cu_seqlens, chunk_size
+) -> dict[str, int]:
+    """Sizes by letter, and `sequences`: how many states there are."""
+    sizes = _check_operands(query, key, value, g, beta)
+    letter = "B"
+    if chunk_size is not None:
+        _checks.check_one_of("chunk_size", chunk_size, tuning.CHUNK_SIZES)
     if segment_ids is not None:
         _checks.check_array("segment_ids", segment_ids, "B T", sizes)
         _checks.check_integer("segment_ids", segment_ids)
+    if cu_seqlens is not None:
+        letter = "num_sequences"
+        _check_cu_seqlens(cu_seqlens, segment_ids, sizes)
+    if initial_state is not None:
+        _checks.check_array("initial_state", initial_state, f"{letter} Hv Dk Dv", sizes)
+        _checks.check_float("initial_state", initial_state)
+    return {**sizes, "sequences": sizes[letter]}
+
+
+def _check_cu_seqlens(cu_seqlens, segment_ids, sizes) -> None:
+    bounds: dict[str, int] = {}
+    _checks.check_array("cu_seqlens", cu_seqlens, "num_sequences+1", bounds)
+    _checks.check_integer("cu_seqlens", cu_seqlens)
+    sizes["num_sequences"] = bounds["num_sequences+1"] - 1
+    if sizes["num_sequences"] < 1:
+        raise ValueError("`cu_seqlens` must hold at least two boundaries, got 1")
+    if segment_ids is not None:
+        raise ValueError("`cu_seqlens` must be None when `segment_ids` is given, got both")
+    if sizes["B"] != 1:
+        raise ValueError(f"`cu_seqlens` must come with B=1, got B={sizes['B']}")
+    if isinstance(cu_seqlens, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return
+    values = np.asarray(cu_seqlens)
+    if values[0] != 0 or (np.diff(values) < 0).any() or values[-1] > sizes["T"]:
+        raise ValueError(
+            f"`cu_seqlens` must rise from 0 to at most T={sizes['T']}, got {values.tolist()}"
+        )
+
+
+def _check_step(query, key, value, g, beta, state, slots) -> dict[str, int]:
+    sizes = _check_operands(query, key, value, g, beta)
+    if not 1 <= sizes["T"] <= _STEP_TOKENS:
+        raise ValueError(
+            f"`query` must hold 1 to {_STEP_TOKENS} tokens, got T={sizes['T']}; use gated_delta_rule"
+        )
+    _checks.check_array(
+        "state", state, "B Hv Dk Dv" if slots is None else "num_slots Hv Dk Dv", sizes
+    )
+    _checks.check_float("state", state)
+    if slots is not None:
+        _checks.check_array("slots", slots, "B", sizes)
+        _checks.check_integer("slots", slots)
+    return sizes

@@ -7,42 +7,76 @@ o_t = scale * S_t^T q_t
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.delta_rule import algebra
 
-def recurrent(query, key, value, g, beta, *, initial_state, segment_ids, scale):
-    """Returns `(out [B, T, Hv, Dv], states [B, T, Hv, Dk, Dv])`: the state after every token."""
-    compute = jnp.promote_types(value.dtype, jnp.float32)
+
+def recurrent(
+    query, key, value, g, beta, *, initial_state, scale, use_qk_l2norm=False, segment_ids=None,
+    cu_seqlens=None, keep_states=False, unroll=1,
+):  # fmt: skip
+    """Returns `(out [B, T, Hv, Dv], final_state, states [B, T, Hv, Dk, Dv] or None)`."""
+    compute = initial_state.dtype
+    starts, real, sequence = _boundaries(value.shape[:2], segment_ids, cu_seqlens)
+
+    def clean(x):
+        if real is not None:
+            x = jnp.where(real.reshape(real.shape + (1,) * (x.ndim - 2)), x, 0)
+        return x.astype(compute)
+
+    q, k, v, g, beta = (clean(x) for x in (query, key, value, g, beta))
+    if use_qk_l2norm:
+        q, k = algebra.l2_normalize(q), algebra.l2_normalize(k)
     per_key_head = value.shape[2] // query.shape[2]
-    q, k = (jnp.repeat(x.astype(compute), per_key_head, axis=2) for x in (query, key))
-    v, g, beta = (x.astype(compute) for x in (value, g, beta))
-    starts = jnp.zeros(v.shape[:2], jnp.bool_)
-    if segment_ids is not None:
-        starts = starts.at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
+    q, k = (jnp.repeat(x, per_key_head, axis=2) for x in (q, k))
+    if g.ndim == 4:
+        g = jnp.repeat(g, per_key_head, axis=2)
 
-    def advance(state, token):
-        q, k, v, g, beta, start = token
-        state = jnp.where(start[:, None, None, None], jnp.zeros_like(state), state)
+    def advance(carry, token):
+        state, finals = carry
+        q, k, v, g, beta, start, index = token
+        if start is not None:
+            fresh = jnp.zeros_like(state) if index is None else initial_state[index]
+            state = jnp.where(start[:, None, None, None], fresh, state)
         state, out = step(state, q, k, v, g, beta, scale=scale)
-        return state, (out, state)
+        if index is not None:
+            finals = finals.at[index].set(state, mode="drop")
+        return (state, finals), (out, state if keep_states else None)
 
-    tokens = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta, starts))
-    _, (out, states) = jax.lax.scan(advance, initial_state.astype(compute), tokens)
-    return jnp.moveaxis(out, 0, 1).astype(value.dtype), jnp.moveaxis(states, 0, 1)
+    finals = None if cu_seqlens is None else initial_state
+    state = (
+        initial_state
+        if cu_seqlens is None
+        else jnp.zeros_like(initial_state, shape=(1, *initial_state.shape[1:]))
+    )
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, g, beta, starts, sequence))
+    (state, finals), (out, states) = jax.lax.scan(advance, (state, finals), tokens, unroll=unroll)
+    if states is not None:
+        states = jnp.moveaxis(states, 0, 1)
+    out = jnp.moveaxis(out, 0, 1).astype(value.dtype)
+    return out, state if finals is None else finals, states
+
+
+def _boundaries(shape, segment_ids, cu_seqlens):
+    """`(starts, real, sequence)`, each `[B, T]` or None."""
+    if segment_ids is not None:
+        return *algebra.segment_starts(segment_ids), None
+    if cu_seqlens is None:
+        return None, None, None
+    place = jnp.arange(shape[1], dtype=cu_seqlens.dtype)
+    sequence = jnp.searchsorted(cu_seqlens[1:], place, side="right")
+    real = sequence < cu_seqlens.shape[0] - 1
+    starts = real & (place == cu_seqlens[sequence])
+    return starts[None], real[None], sequence[None]
 
 
 def step(state, q, k, v, g, beta, *, scale):
-    """One token for every head: state `[..., Dk, Dv]`, q and k `[..., Dk]`, v `[..., Dv]`, g and beta `[...]`."""
-    state = state * jnp.exp(g)[..., None, None]
+    """One token for every head: state `[..., Dk, Dv]`, q and k `[..., Dk]`, v `[..., Dv]`, beta `[...]`.
+
+    g is `[...]`, or `[..., Dk]` with a decay per key channel.
+    """
+    per_channel = g.ndim == k.ndim
+    state = state * jnp.exp(g[..., None] if per_channel else g[..., None, None])
     residual = v - jnp.einsum("...kv,...k->...v", state, k, precision="highest")
     update = residual * beta[..., None]
     state = state + k[..., :, None] * update[..., None, :]
     return state, scale * jnp.einsum("...kv,...k->...v", state, q, precision="highest")
-
-
-def l2_normalize(x):
-    """`x * rsqrt(sum(x^2) + 1e-6)` over the last axis in float32; zero rows have zero gradient."""
-    compute = jnp.promote_types(x.dtype, jnp.float32)
-    wide = x.astype(compute)
-    squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    is_zero = squared == 0.0
-    inverse = jax.lax.rsqrt(jnp.where(is_zero, 1.0, squared) + jnp.asarray(1e-6, compute))
-    return jnp.where(is_zero, 0.0, wide * inverse)

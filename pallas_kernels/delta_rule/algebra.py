@@ -1,0 +1,287 @@
+"""The chunk form's algebra: what every chunked implementation of the gated delta rule shares.
+
+Derived in docs/gated_delta_rule.md. Letters: `z` independent lanes (batch times segments), `h` key heads, `n` value
+heads per key head, `C` tokens of a chunk. Everything is float32 (float64 for float64 inputs); exponents are
+masked before `exp`, so no entry ever overflows.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_BLOCK = 16  # width of the substitution inside the triangular inverse
+
+
+def matmul(spec: str, *operands):
+    """`einsum` without reduced-precision passes on any device."""
+    return jnp.einsum(spec, *operands, precision=jax.lax.Precision.HIGHEST)
+
+
+def compute_dtype(dtype):
+    """What sums, gates and states are held in: float32, or float64 for float64 inputs."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def l2_normalize(x):
+    """`x * rsqrt(sum(x^2) + 1e-6)` over the last axis in float32; zero rows have zero gradient."""
+    compute = compute_dtype(x.dtype)
+    wide = x.astype(compute)
+    squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    is_zero = squared == 0.0
+    inverse = jax.lax.rsqrt(jnp.where(is_zero, 1.0, squared) + jnp.asarray(1e-6, compute))
+    return jnp.where(is_zero, 0.0, wide * inverse)
+
+
+def segment_starts(segment_ids):
+    """`(starts, real)`, both `[B, T]` bool: real tokens that begin a new segment; tokens that are not padding.
+
+    Padding (a negative id) is transparent: a token is compared with the last real token before it. A row's first
+    real token continues the initial state, so it is no start.
+    """
+    real = segment_ids >= 0
+    place = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape)
+    last_real = jax.lax.cummax(jnp.where(real, place, -1), axis=1)
+    previous = jnp.pad(last_real[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    previous_id = jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
+    return real & (previous >= 0) & (previous_id != segment_ids), real
+
+
+def _two_sum(a, b):
+    total = a + b
+    from_b = total - a
+    return total, (a - (total - from_b)) + (b - from_b)
+
+
+def two_float_cumsum(x):
+    """Cumulative sum over the last axis as `(high, low)`, an unevaluated sum of two floats.
+
+    A decay between two tokens is a difference of cumulative sums; after one step of -60 a plain float32 sum has
+    lost the digits of every later gate.
+    """
+    high, low = x, jnp.zeros_like(x)
+    shift, length = 1, x.shape[-1]
+    while shift < length:
+        pad = [(0, 0)] * (x.ndim - 1) + [(shift, 0)]
+        before_high = jnp.pad(high[..., :-shift], pad)
+        before_low = jnp.pad(low[..., :-shift], pad)
+        total, error = _two_sum(high, before_high)
+        error = error + low + before_low
+        high = total + error
+        low = error - (high - total)
+        shift *= 2
+    return high, low
+
+
+class Gates(NamedTuple):
+    """Decays inside one chunk, all in [0, 1] for g <= 0.
+
+    Attributes:
+      between: `[..., C, C]`, decay from token j to token i >= j of the same segment, else 0.
+      since_start: `[..., C]`, decay from the chunk's initial state to a token; 0 once a segment has started.
+      until_end: `[..., C]`, decay from a token to the chunk's end; 0 unless the segment reaches the end.
+      whole: `[...]`, decay of the state over the chunk; 0 if a segment starts inside.
+    """
+
+    between: jax.Array
+    since_start: jax.Array
+    until_end: jax.Array
+    whole: jax.Array
+
+
+def gates(g, segment=None) -> Gates:
+    """Decays of one chunk.
+
+    Args:
+      g: `[z, h, n, C]` log decays.
+      segment: None, or `[z, C]` int32: how many segments have started in the chunk up to each token.
+    """
+    high, low = two_float_cumsum(g)
+    visible = np.tril(np.ones((g.shape[-1],) * 2, bool))
+    visible = jnp.asarray(visible).reshape((1,) * (g.ndim - 1) + visible.shape)
+    exponent = (high[..., :, None] - high[..., None, :]) + (low[..., :, None] - low[..., None, :])
+    until_end = jnp.exp((high[..., -1:] - high) + (low[..., -1:] - low))
+    since_start = jnp.exp(high + low)
+    whole = since_start[..., -1]
+    if segment is not None:
+        segment = segment[:, None, None]
+        visible = visible & (segment[..., :, None] == segment[..., None, :])
+        until_end = jnp.where(segment == segment[..., -1:], until_end, 0.0)
+        since_start = jnp.where(segment == 0, since_start, 0.0)
+        whole = since_start[..., -1]
+    between = jnp.where(visible, jnp.exp(jnp.where(visible, exponent, 0.0)), 0.0)
+    return Gates(between, since_start, until_end, whole)
+
+
+def strictly_lower(x):
+    """`x` below its diagonal, zero elsewhere."""
+    mask = jnp.asarray(np.tril(np.ones(x.shape[-2:], bool), -1))
+    return jnp.where(mask.reshape((1,) * (x.ndim - 2) + mask.shape), x, 0.0)
+
+
+def unit_lower_inverse(lower):
+    """`(I + lower)^-1` of strictly lower triangular `[..., C, C]`, C a power of two.
+
+    Diagonal blocks of 16 by substitution, then merges `[[A, 0], [B, D]]^-1 = [[A', 0], [-D' B A', D']]`. A Neumann
+    series over the whole chunk would overflow for correlated keys.
+    """
+    size = lower.shape[-1]
+    width = min(_BLOCK, size)
+    inverse = _substitute(_blocks(lower, width, below=0))
+    while width < size:
+        upper_left, lower_right = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        corner = _blocks(lower, width, below=1)
+        corner = -matmul(
+            "...ij,...jk->...ik", lower_right, matmul("...ij,...jk->...ik", corner, upper_left)
+        )
+        top = jnp.concatenate([upper_left, jnp.zeros_like(corner)], axis=-1)
+        bottom = jnp.concatenate([corner, lower_right], axis=-1)
+        inverse = jnp.concatenate([top, bottom], axis=-2)
+        width *= 2
+    return inverse[..., 0, :, :]
+
+
+def _blocks(matrix, width, *, below):
+    """Blocks of `width` on the diagonal (`below=0`), or those under every even one (`below=1`): `[..., m, w, w]`."""
+    columns = range(0, matrix.shape[-1], width * (1 + below))
+    return jnp.stack(
+        [
+            matrix[..., c + below * width : c + (below + 1) * width, c : c + width]
+            for c in columns
+        ],
+        axis=-3,
+    )  # fmt: skip
+
+
+def _substitute(lower):
+    size = lower.shape[-1]
+    identity = jnp.eye(size, dtype=lower.dtype).reshape((1,) * (lower.ndim - 2) + (size, size))
+    rows = jnp.broadcast_to(identity[..., :1, :], (*lower.shape[:-2], 1, size))
+    for i in range(1, size):
+        earlier = jnp.sum(lower[..., i, :i, None] * rows, axis=-2, keepdims=True)
+        rows = jnp.concatenate([rows, identity[..., i : i + 1, :] - earlier], axis=-2)
+    return rows
+
+
+def prefix_before(x):
+    """`y[t] = sum_{j < t} x[j]` over the last axis."""
+    mask = np.triu(np.ones((x.shape[-1],) * 2), 1)
+    return matmul("...j,jt->...t", x, jnp.asarray(mask, x.dtype))
+
+
+def suffix_from(x):
+    """`y[t] = sum_{i >= t} x[i]` over the last axis."""
+    mask = np.tril(np.ones((x.shape[-1],) * 2))
+    return matmul("...i,it->...t", x, jnp.asarray(mask, x.dtype))
+
+
+def corner_sum(x):
+    """`y[t] = sum_{i >= t > j} x[i, j]`: the gradient of a decay that acts between j and i, without cancellation."""
+    columns = prefix_before(x)  # [..., i, t]
+    mask = jnp.asarray(np.tril(np.ones(x.shape[-2:], bool)))
+    return jnp.sum(jnp.where(mask.reshape((1,) * (x.ndim - 2) + mask.shape), columns, 0.0), axis=-2)
+
+
+class Advance(NamedTuple):
+    """One chunk of the chain, with what the backward reads again.
+
+    Attributes:
+      state: `[z, h, n, Dk, Dv]` after the chunk.
+      recalled: `[z, h, n, C, Dv]`, what the initial state says about each key (U = K S).
+      residual: `[z, h, n, C, Dv]`, value minus decayed recall (E).
+      update: `[z, h, n, C, Dv]`, what each token really writes (N = T beta E).
+    """
+
+    state: jax.Array
+    recalled: jax.Array
+    residual: jax.Array
+    update: jax.Array
+
+
+def chunk_inverse(key, beta, decay: Gates):
+    """T = (I + strictly_lower(beta Gamma K K^T))^-1, `[z, h, n, C, C]`, from key `[z, h, C, Dk]`."""
+    overlap = matmul("zhik,zhjk->zhij", key, key)[:, :, None]
+    return unit_lower_inverse(strictly_lower(beta[..., None] * decay.between * overlap))
+
+
+def advance(state, key, value, beta, decay: Gates, inverse) -> Advance:
+    """The state after one chunk. Beta multiplies in float32 outside of T, which keeps its unit diagonal."""
+    recalled = matmul("zhck,zhnkv->zhncv", key, state)
+    residual = value - decay.since_start[..., None] * recalled
+    update = matmul("zhnij,zhnjv->zhniv", inverse, beta[..., None] * residual)
+    written = matmul("zhck,zhncv->zhnkv", key, decay.until_end[..., None] * update)
+    return Advance(
+        decay.whole[..., None, None] * state + written, recalled, residual, update
+    )  # fmt: skip
+
+
+def chunk_output(state, query, key, update, decay: Gates, scale):
+    """`[z, h, n, C, Dv]`: what the queries read from the chunk's initial state and from its own updates."""
+    overlap = matmul("zhik,zhjk->zhij", query, key)[:, :, None]
+    inside = matmul("zhnij,zhnjv->zhniv", decay.between * overlap, update)
+    carried = matmul("zhck,zhnkv->zhncv", query, state)
+    return scale * (decay.since_start[..., None] * carried + inside)
+
+
+class ChunkGradients(NamedTuple):
+    """Cotangents of one chunk's inputs (shapes of the inputs) and of its initial state."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    g: jax.Array
+    beta: jax.Array
+    state: jax.Array
+
+
+def retreat(d_out, d_state, query, key, beta, decay: Gates, inverse, scale):
+    """Cotangents `(d_state before the chunk, d_update, d_write, inside)`; d_write belongs to R = beta E.
+
+    The chain of the backward: all that the previous chunk waits for.
+    """
+    inside = scale * decay.between * matmul("zhik,zhjk->zhij", query, key)[:, :, None]
+    echoed = matmul("zhck,zhnkv->zhncv", key, d_state)
+    d_update = decay.until_end[..., None] * echoed + matmul("zhnij,zhniv->zhnjv", inside, d_out)
+    d_write = matmul("zhnij,zhniv->zhnjv", inverse, d_update)
+    since = decay.since_start[..., None]
+    d_before = decay.whole[..., None, None] * d_state
+    d_before += scale * matmul("zhck,zhncv->zhnkv", query, since * d_out)
+    d_before -= matmul("zhck,zhncv->zhnkv", key, since * beta[..., None] * d_write)
+    return d_before, echoed, d_write, inside
+
+
+def chunk_gradients(
+    d_out, d_state, state, query, key, value, beta, decay: Gates, inverse, scale
+) -> ChunkGradients:
+    """Gradients of one chunk from its initial state, the cotangent of its output and that of its final state."""
+    d_before, echoed, d_write, inside = retreat(
+        d_out, d_state, query, key, beta, decay, inverse, scale
+    )
+    chain = advance(state, key, value, beta, decay, inverse)
+    since, until = decay.since_start[..., None], decay.until_end[..., None]
+    d_residual = beta[..., None] * d_write
+
+    gated_overlap = strictly_lower(decay.between * matmul("zhik,zhjk->zhij", key, key)[:, :, None])
+    d_lower = -strictly_lower(matmul("zhniv,zhnjv->zhnij", d_write, chain.update))
+    d_inside = matmul("zhniv,zhnjv->zhnij", d_out, chain.update)
+    d_beta = jnp.sum(d_write * chain.residual, -1) + jnp.sum(d_lower * gated_overlap, -1)
+
+    d_carried = scale * since * matmul("zhncv,zhnkv->zhnck", d_out, state)
+    d_scores = jnp.sum(scale * decay.between * d_inside, axis=2)
+    d_overlap = jnp.sum(beta[..., None] * decay.between * d_lower, axis=2)
+    d_query = jnp.sum(d_carried, axis=2) + matmul("zhij,zhjk->zhik", d_scores, key)
+    d_key = (
+        matmul("zhncv,zhnkv->zhck", until * chain.update, d_state)
+        - matmul("zhncv,zhnkv->zhck", since * d_residual, state)
+        + matmul("zhij,zhik->zhjk", d_scores, query)
+        + matmul("zhij,zhjk->zhik", d_overlap + jnp.swapaxes(d_overlap, -1, -2), key)
+    )
+
+    at_reader = jnp.sum(query[:, :, None] * d_carried, -1)
+    at_reader -= jnp.sum(since * d_residual * chain.recalled, -1)
+    at_writer = jnp.sum(until * chain.update * echoed, -1)
+    pairs = d_lower * beta[..., None] * gated_overlap + strictly_lower(d_inside * inside)
+    through = decay.whole * jnp.sum(d_state * state, (-1, -2))
+    d_g = corner_sum(pairs) + suffix_from(at_reader) + prefix_before(at_writer) + through[..., None]
+    return ChunkGradients(d_query, d_key, d_residual, d_g, d_beta, d_before)

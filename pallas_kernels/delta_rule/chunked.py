@@ -1,0 +1,360 @@
+"""The gated delta rule in chunks, in XLA: a scan over chunks whose body is the algebra of one chunk.
+
+A row of T tokens is cut into P segments ("lanes") of N chunks of C tokens. All lanes advance together, N steps. With
+P > 1 a first pass finds each lane's affine map `S -> M S + E`, a short scan over lanes gives every lane its start
+state, and the second pass computes outputs. Packed `cu_seqlens` rows are gathered into chunks that no sequence shares.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.delta_rule import algebra
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about a call."""
+
+    batch: int
+    length: int
+    chunk: int
+    lanes: int
+    steps: int
+    scale: float
+    use_qk_l2norm: bool
+
+
+class Order(NamedTuple):
+    """Where tokens, segments and sequences lie. Everything is None where a call has no such thing.
+
+    Attributes:
+      real: `[N, z, C]` bool, tokens that are not padding.
+      segment: `[N, z, C]` int32, segments started in the chunk up to the token.
+      source, target: `[P N C]` and `[T]` int32: the token in each chunk place (T: none), the place of each token.
+      first, last: `[N, z]` bool, the chunk is the first / last of its sequence.
+      sequence: `[N, z]` int32, the chunk's sequence.
+    """
+
+    real: jax.Array | None = None
+    segment: jax.Array | None = None
+    source: jax.Array | None = None
+    target: jax.Array | None = None
+    first: jax.Array | None = None
+    last: jax.Array | None = None
+    sequence: jax.Array | None = None
+
+
+class Tokens(NamedTuple):
+    """Operands, as the caller gave them or one chunk of them."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    g: jax.Array
+    beta: jax.Array
+
+
+class Saved(NamedTuple):
+    """What the backward keeps besides the inputs.
+
+    Attributes:
+      inverse: `[N, z, h, n, C, C]`, T of every chunk.
+      start: `[z, h, n, Dk, Dv]`, the state at the start of every lane.
+      transition: `[z, h, n, Dk, Dk]`, each lane's M; None with one lane.
+    """
+
+    inverse: jax.Array
+    start: jax.Array
+    transition: jax.Array | None
+
+
+def chunk_count(length: int, num_sequences: int | None, chunk: int) -> int:
+    """Chunks that certainly suffice: with packed sequences, each may leave its last chunk unfilled."""
+    if num_sequences is None:
+        return -(-length // chunk)
+    return min(length, (length + num_sequences * (chunk - 1)) // chunk)
+
+
+def dense_order(plan: Plan, segment_ids) -> Order:
+    """Order of rows that are cut in place."""
+    if segment_ids is None:
+        return Order()
+    starts, real = algebra.segment_starts(segment_ids)
+    in_place = Order()
+    return Order(
+        real=_to_chunks(plan, in_place, real),
+        segment=jnp.cumsum(_to_chunks(plan, in_place, starts).astype(jnp.int32), axis=-1),
+    )
+
+
+def packed_order(plan: Plan, cu_seqlens) -> Order:
+    """Order of one row of packed sequences, each of which starts a chunk of its own."""
+    lengths = jnp.diff(cu_seqlens)
+    ends = jnp.cumsum((lengths + plan.chunk - 1) // plan.chunk)
+    begins = ends - (lengths + plan.chunk - 1) // plan.chunk
+    chunks = jnp.arange(plan.lanes * plan.steps, dtype=ends.dtype)
+    used = chunks < ends[-1]
+    sequence = jnp.minimum(jnp.searchsorted(ends, chunks, side="right"), lengths.shape[0] - 1)
+    offset = (chunks - begins[sequence])[:, None] * plan.chunk
+    offset += jnp.arange(plan.chunk, dtype=ends.dtype)[None]
+    filled = used[:, None] & (offset < lengths[sequence][:, None])
+    source = jnp.where(filled, cu_seqlens[sequence][:, None] + offset, plan.length)
+
+    tokens = jnp.arange(plan.length, dtype=cu_seqlens.dtype)
+    owner = jnp.searchsorted(cu_seqlens[1:], tokens, side="right")
+    owner_or_last = jnp.minimum(owner, lengths.shape[0] - 1)
+    target = begins[owner_or_last] * plan.chunk + tokens - cu_seqlens[owner_or_last]
+    places = plan.lanes * plan.steps * plan.chunk
+    target = jnp.where(owner < lengths.shape[0], target, places)
+
+    lanes = lambda x: x.reshape(plan.lanes, plan.steps).T
+    return Order(
+        source=source.reshape(-1),
+        target=target,
+        first=lanes(used & (chunks == begins[sequence])),
+        last=lanes(used & (chunks + 1 == ends[sequence])),
+        sequence=lanes(sequence),
+    )
+
+
+def forward(plan: Plan, order: Order, tokens: Tokens, initial_state, *, keep: bool):
+    """Returns `(out, final_state, Saved or None)`."""
+    chunks = _all_chunks(plan, order, tokens)
+    layout = _Layout.of(plan, order, tokens, initial_state)
+    bank, start = layout.bank, layout.entry
+    inverse = transition = None
+    if plan.lanes > 1:
+        inverse = jax.vmap(lambda raw, place: _inverse(plan, raw, place))(chunks, _places(order))
+        transition, extra = _lane_maps(plan, order, chunks, inverse, layout)
+        start = _through_lanes(plan, start, transition, extra)
+
+    def step(carry, xs):
+        state, finals = carry
+        raw, place, t = xs
+        state = _enter(state, place, bank)
+        q, k, v, g, beta = _load(plan, place, *raw)
+        decay = algebra.gates(g, place.segment)
+        t = algebra.chunk_inverse(k, beta, decay) if t is None else t
+        chain = algebra.advance(state, k, v, beta, decay, t)
+        out = algebra.chunk_output(state, q, k, chain.update, decay, plan.scale)
+        out = _unload(out).astype(tokens.value.dtype)
+        finals = _put(finals, place.last, place, chain.state)
+        return (chain.state, finals), (out, t if keep else None)
+
+    (state, finals), (out, kept) = jax.lax.scan(
+        step, (start, bank), (chunks, _places(order), inverse)
+    )
+    final = _lane(plan, state, -1) if finals is None else finals
+    saved = None if kept is None else Saved(kept, start, transition)
+    return _from_chunks(plan, order, out), final.reshape(initial_state.shape), saved
+
+
+def backward(plan: Plan, order: Order, tokens: Tokens, initial_state, saved: Saved, d_out, d_final):
+    """Returns `(Tokens of cotangents, cotangent of initial_state)`, each in its primal's dtype."""
+    chunks = _all_chunks(plan, order, tokens)
+    layout = _Layout.of(plan, order, tokens, initial_state)
+    bank, places = layout.bank, _places(order)
+    d_chunks = _to_chunks(plan, order, d_out)
+    d_final = d_final.reshape(layout.shape)
+    packed = bank is not None
+
+    def replay(state, xs):
+        raw, place, t = xs
+        state = _enter(state, place, bank)
+        _, k, v, g, beta = _load(plan, place, *raw)
+        decay = algebra.gates(g, place.segment)
+        return algebra.advance(state, k, v, beta, decay, t).state, state
+
+    _, states = jax.lax.scan(replay, saved.start, (chunks, places, saved.inverse))
+
+    end = jnp.zeros_like(layout.entry) if packed else d_final
+    if saved.transition is not None:
+
+        def retreat(d_state, xs):
+            raw, place, t, do = xs
+            d_state = _enter(d_state, place, d_final if packed else None, at="last")
+            q, k, _, g, beta = _load(plan, place, *raw)
+            decay = algebra.gates(g, place.segment)
+            do = _load_out(plan, k, do)
+            d_state = algebra.retreat(do, d_state, q, k, beta, decay, t, plan.scale)[0]
+            return _cut(d_state, place), None
+
+        extra, _ = jax.lax.scan(
+            retreat, jnp.zeros_like(saved.start), (chunks, places, saved.inverse, d_chunks),
+            reverse=True,
+        )  # fmt: skip
+        transposed = jnp.swapaxes(saved.transition, -1, -2)
+        end = _through_lanes(plan, end, transposed, extra, reverse=True)
+
+    def step(carry, xs):
+        d_state, d_bank = carry
+        raw, place, t, do, state = xs
+        d_state = _enter(d_state, place, d_final if packed else None, at="last")
+        (q, k, v, g, beta), pull = jax.vjp(lambda *raw: _load(plan, place, *raw), *raw)
+        decay = algebra.gates(g, place.segment)
+        grads = algebra.chunk_gradients(
+            _load_out(plan, k, do), d_state, state, q, k, v, beta, decay, t, plan.scale
+        )
+        d_bank = _put(d_bank, place.first, place, grads.state)
+        d_raw = pull((grads.query, grads.key, grads.value, grads.g, grads.beta))
+        return (_cut(grads.state, place), d_bank), d_raw
+
+    d_bank = d_final if packed else None  # a sequence without tokens hands its cotangent through
+    (d_state, d_bank), d_raw = jax.lax.scan(
+        step, (end, d_bank), (chunks, places, saved.inverse, d_chunks, states), reverse=True
+    )
+    d_initial = _lane(plan, d_state, 0) if d_bank is None else d_bank
+    d_tokens = Tokens(*(_from_chunks(plan, order, x) for x in d_raw))
+    return d_tokens, d_initial.reshape(initial_state.shape)
+
+
+class _Layout(NamedTuple):
+    """Shapes and start of the state: `bank` holds every packed sequence's own, `entry` a dense row's."""
+
+    shape: tuple[int, ...]
+    entry: jax.Array
+    bank: jax.Array | None
+
+    @classmethod
+    def of(cls, plan: Plan, order: Order, tokens: Tokens, initial_state) -> "_Layout":
+        heads, group = tokens.key.shape[2], tokens.value.shape[2] // tokens.key.shape[2]
+        states = initial_state.reshape(-1, heads, group, *initial_state.shape[-2:])
+        if order.sequence is None:
+            return cls(states.shape, states, None)
+        empty = jnp.zeros((plan.batch, *states.shape[1:]), states.dtype)
+        return cls(states.shape, empty, states)
+
+
+def _lane_maps(plan, order, chunks, inverse, layout):
+    """`(M, E)` of every lane: the chain run on the columns `[E | M]` from `[0 | I]`, where M sees no values."""
+    *lead, key_dim, value_dim = layout.shape[1:]
+    lanes = plan.batch * plan.lanes
+    dtype = layout.entry.dtype
+    identity = jnp.broadcast_to(
+        jnp.eye(key_dim, dtype=dtype)[None, None, None], (lanes, *lead, key_dim, key_dim)
+    )
+    nothing = jnp.zeros((lanes, *lead, key_dim, value_dim), dtype)
+    widen = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, key_dim)])
+    bank = None if layout.bank is None else widen(layout.bank)
+
+    def step(state, xs):
+        raw, place, t = xs
+        state = _enter(state, place, bank)
+        _, k, v, g, beta = _load(plan, place, *raw)
+        decay = algebra.gates(g, place.segment)
+        return algebra.advance(state, k, widen(v), beta, decay, t).state, None
+
+    state, _ = jax.lax.scan(
+        step, jnp.concatenate([nothing, identity], -1), (chunks, _places(order), inverse)
+    )
+    return state[..., value_dim:], state[..., :value_dim]
+
+
+def _through_lanes(plan, entry, transition, extra, *, reverse=False):
+    """What every lane starts from: `entry` carried through the affine maps of the lanes before (after) it."""
+    split = lambda x: jnp.moveaxis(x.reshape(plan.batch, plan.lanes, *x.shape[1:]), 1, 0)
+
+    def step(state, lane):
+        m, e = lane
+        return algebra.matmul("bhnij,bhnjv->bhniv", m, state) + e, state
+
+    _, starts = jax.lax.scan(step, entry, (split(transition), split(extra)), reverse=reverse)
+    return jnp.moveaxis(starts, 0, 1).reshape(extra.shape)
+
+
+def _inverse(plan, raw, place):
+    _, k, _, g, beta = _load(plan, place, *raw)
+    return algebra.chunk_inverse(k, beta, algebra.gates(g, place.segment))
+
+
+def _places(order: Order) -> Order:
+    """The part of the order that a scan over chunks walks through."""
+    return order._replace(source=None, target=None)
+
+
+def _load(plan, place, query, key, value, g, beta):
+    """One chunk's operands, heads first and wide: padding is zero whatever it held."""
+    compute = algebra.compute_dtype(value.dtype)
+    heads = key.shape[2]
+
+    def clean(x):
+        if place.real is not None:
+            x = jnp.where(place.real.reshape(place.real.shape + (1,) * (x.ndim - 2)), x, 0)
+        return x.astype(compute)
+
+    q, k = (jnp.moveaxis(clean(x), 1, 2) for x in (query, key))
+    if plan.use_qk_l2norm:
+        q, k = algebra.l2_normalize(q), algebra.l2_normalize(k)
+    return q, k, *(_by_group(clean(x), heads) for x in (value, g, beta))
+
+
+def _load_out(plan, key, d_out):
+    del plan
+    return _by_group(d_out.astype(key.dtype), key.shape[1])
+
+
+def _by_group(x, heads):
+    """`[z, C, Hv, ...]` to `[z, h, n, C, ...]`."""
+    x = x.reshape(*x.shape[:2], heads, x.shape[2] // heads, *x.shape[3:])
+    return jnp.moveaxis(x, 1, 3)
+
+
+def _unload(x):
+    """`[z, h, n, C, Dv]` to `[z, C, Hv, Dv]`."""
+    x = jnp.moveaxis(x, 3, 1)
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _enter(state, place: Order, bank, *, at: str = "first"):
+    """Lanes whose chunk is the first (in the backward: the last) of a sequence take that sequence's own state."""
+    if bank is None:
+        return state
+    here = getattr(place, at)
+    return jnp.where(here[:, None, None, None, None], bank[place.sequence], state)
+
+
+def _cut(d_state, place: Order):
+    """Nothing flows from a packed sequence to the one before it."""
+    if place.first is None:
+        return d_state
+    return jnp.where(place.first[:, None, None, None, None], 0.0, d_state)
+
+
+def _put(bank, here, place: Order, state):
+    """Files the states of lanes that are `here` under their sequences."""
+    if bank is None or place.sequence is None:
+        return None
+    return bank.at[jnp.where(here, place.sequence, bank.shape[0])].set(state, mode="drop")
+
+
+def _lane(plan, state, index):
+    return state.reshape(plan.batch, plan.lanes, *state.shape[1:])[:, index]
+
+
+def _all_chunks(plan: Plan, order: Order, tokens: Tokens) -> Tokens:
+    return Tokens(*(_to_chunks(plan, order, x) for x in tokens))
+
+
+def _to_chunks(plan: Plan, order: Order, x):
+    """`[B, T, ...]` to `[N, z, C, ...]`, zeros where there is no token."""
+    places = plan.lanes * plan.steps * plan.chunk
+    if order.source is None:
+        x = jnp.pad(x, [(0, 0), (0, places - plan.length)] + [(0, 0)] * (x.ndim - 2))
+    else:
+        x = jnp.take(x, order.source, axis=1, mode="fill", fill_value=0)
+    x = x.reshape(plan.batch, plan.lanes, plan.steps, plan.chunk, *x.shape[2:])
+    x = jnp.moveaxis(x, 2, 0)
+    return x.reshape(plan.steps, plan.batch * plan.lanes, *x.shape[3:])
+
+
+def _from_chunks(plan: Plan, order: Order, x):
+    """`[N, z, C, ...]` back to `[B, T, ...]`."""
+    x = x.reshape(plan.steps, plan.batch, plan.lanes, plan.chunk, *x.shape[3:])
+    x = jnp.moveaxis(x, 0, 2)
+    x = x.reshape(plan.batch, -1, *x.shape[4:])
+    if order.target is None:
+        return x[:, : plan.length]
+    return jnp.take(x, order.target, axis=1, mode="fill", fill_value=0)

@@ -1,0 +1,41 @@
+"""What the backward of the gated delta rule keeps: the inputs, T of every chunk, and the state at lane starts."""
+
+import functools
+
+import jax
+
+from pallas_kernels.delta_rule import chunked
+
+
+def gated_delta_rule(
+    plan: chunked.Plan, tokens: chunked.Tokens, initial_state, *, segment_ids, cu_seqlens
+) -> tuple[jax.Array, jax.Array]:
+    """`(out, final_state)` in chunks. Differentiable in reverse to any order; forward mode needs the reference."""
+    order = (
+        chunked.dense_order(plan, segment_ids)
+        if cu_seqlens is None
+        else chunked.packed_order(plan, cu_seqlens)
+    )
+    return _chunked(plan, order, tokens, initial_state)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(plan, order, tokens, initial_state):
+    return chunked.forward(plan, order, tokens, initial_state, keep=False)[:2]
+
+
+def _forward(plan, order, tokens, initial_state):
+    out, final, saved = chunked.forward(plan, order, tokens, initial_state, keep=True)
+    return (out, final), (order, tokens, initial_state, saved)
+
+
+def _backward(plan, residuals, cotangents):
+    order, tokens, initial_state, saved = residuals
+    d_out, d_final = cotangents
+    d_tokens, d_initial = chunked.backward(
+        plan, order, tokens, initial_state, saved, d_out, d_final
+    )
+    return None, d_tokens, d_initial
+
+
+_chunked.defvjp(_forward, _backward)
