@@ -216,6 +216,7 @@ class GatedDeltaNet(nnx.Module):
                 initial_state=state,
                 segment_ids=segment_ids,
                 use_qk_l2norm=True,
+                chunk_size=config.chunk_size,
             )
         out = self.norm(result.out, gate.reshape(per_value_head))
         out = out.reshape(batch, length, config.num_key_heads, config.v_per_key, value_dim)
