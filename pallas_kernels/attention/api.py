@@ -4,12 +4,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import _checks, _dispatch
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import algebra, cudnn, reference, tuning, vjp
 
 CausalAlignment = Literal["upper_left", "bottom_right"]
+Implementation = Literal["blockwise", "cudnn", "reference"]
 
 
 class AttentionOutput(NamedTuple):
@@ -17,17 +19,101 @@ class AttentionOutput(NamedTuple):
 
     Attributes:
       out: `[B, T, N, Dv]`, the query's dtype. A query that may attend to nothing gives zeros.
-      lse: `[B, T, N]` float32, natural logarithm of the softmax denominator (-inf where nothing is visible);
-        sinks are counted.
+      lse: `[B, T, N]` float32 (float64 for float64 inputs), natural logarithm of the softmax denominator, sinks
+        counted; -inf where nothing is visible and there is no sink.
     """
 
     out: jax.Array
     lse: jax.Array
 
 
-def gqa_attention(query, key, value, **options: Any) -> Float[Array, "B T N Dv"]:
-    """`gqa_attention_with_lse(...).out`; see there for every argument."""
-    return gqa_attention_with_lse(query, key, value, **options).out
+def gqa_attention(
+    query: Float[Array, "B T N D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K Dv"],
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    causal_alignment: CausalAlignment = "upper_left",
+    q_offset: int | Int[Array, "B"] | None = None,
+    sliding_window: int | None = None,
+    mask: Bool[Array, "#B #N #T #S"] | None = None,
+    bias: Float[Array, "#B #N #T #S"] | None = None,
+    query_segment_ids: Int[Array, "B T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    query_positions: Int[Array, "B T"] | None = None,
+    kv_positions: Int[Array, "B S"] | None = None,
+    query_cu_seqlens: Int[Array, "num_sequences+1"] | None = None,
+    kv_cu_seqlens: Int[Array, "num_sequences+1"] | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    logits_soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    dropout_offset: tuple[int, int] | Int[Array, "2"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T N Dv"]:
+    """Grouped-query attention; query head `h` reads key/value head `h // R`, which is never repeated in memory.
+
+    `softmax(soft_cap(scale * q k^T) + bias) v` over the keys that a query sees: those that every given rule
+    (causal, window, mask, segments) lets it see.
+
+    Args:
+      query: `[B, T, N, D]`; float16, bfloat16, float32 or float64.
+      key: `[B, S, K, D]`; N is a multiple of K.
+      value: `[B, S, K, Dv]`; Dv may differ from D.
+      scale: multiplies the logits; `D ** -0.5` by default.
+      is_causal: a query sees keys at its own and earlier positions.
+      causal_alignment: where positions come from when none are given: "upper_left" puts query 0 at key 0,
+        "bottom_right" the last query at the last key (`q_offset = S - T`; for packed sequences, each its own).
+      q_offset: position of the first query, keys counting from 0: an integer, or `[B]` integers.
+      sliding_window: exactly this many keys are visible, self included; needs `is_causal`.
+      mask: `[B or 1, N or 1, T or 1, S or 1]` boolean, True where the query sees the key.
+      bias: of the same shape, any float dtype, added to the (soft-capped) logits; differentiable. -inf hides.
+      query_segment_ids, kv_segment_ids: `[B, T]`, `[B, S]`; equal ids see each other; a negative id is padding,
+        which sees nothing and is seen by nothing.
+      query_positions, kv_positions: `[B, T]`, `[B, S]`; what `is_causal` and `sliding_window` compare, in any order.
+      query_cu_seqlens, kv_cu_seqlens: `[num_sequences + 1]`, starts of sequences packed along T and S, then the end of
+        the last; B must be 1. Sequence i of the queries sees sequence i of the keys, positions counting from 0
+        in each; tokens behind the last end are padding. Values are not read, so they are not checked.
+      sinks: `[N]` float: one more logit per head, which takes softmax mass and gives nothing; differentiable.
+        Zeros are "softmax off by one".
+      logits_soft_cap: `cap * tanh(logits / cap)`.
+      dropout_rate: share of the softmax weights dropped, the others scaled by `1 / (1 - rate)`; lse is unaffected.
+      dropout_key: a JAX random key. What is dropped is a function of this key and of batch row, query head, segment
+        and positions only: equal in forward and backward, in every implementation, blocking and token order.
+      dropout_offset: (first batch row, first query head) of these arrays in the whole, for a call on a shard.
+      implementation: None takes the first that can run the call, in the order of this table.
+
+    Returns:
+      `[B, T, N, Dv]` in the query's dtype. Softmax and accumulators are float32 (float64 for float64 inputs).
+      A query that sees no key gives zeros and passes no gradient.
+
+    Raises:
+      TypeError, ValueError: naming the argument, before anything is computed.
+      NotImplementedError: the implementation asked for cannot run this call, with the reason.
+
+    | implementation | runs on | dtypes | memory | gradients | vmap, shard_map | deterministic |
+    |---|---|---|---|---|---|---|
+    | "cudnn" | NVIDIA GPU, compute capability >= 8.0 | float16, bfloat16 | O(T) | q k v | yes | no (backward) |
+    | "blockwise" | any (XLA) | all | O(T) forward and backward | all inputs, lse | yes | yes |
+    | "reference" | any (XLA) | all | O(T S) | all inputs, lse, forward mode | yes | yes |
+
+    "cudnn" has only `scale`, upper-left `is_causal` and `sliding_window`. The gradient of "blockwise" can be
+    differentiated again in reverse mode (through the reference, at its memory); forward mode (`jax.jvp`,
+    `jax.hessian`) needs "reference". `pallas_kernels.explain` tells the choice and the reasons.
+
+    Source: grouped queries, arXiv 2305.13245 section 2; tiles and their backward, arXiv 2307.08691 section 3.1; sinks,
+    arXiv 2508.10925 section 2.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> query = jax.random.normal(jax.random.key(0), (1, 8, 4, 16))
+      >>> key = value = jax.random.normal(jax.random.key(1), (1, 8, 2, 16))
+      >>> gqa_attention(query, key, value, is_causal=True, sliding_window=4).shape
+      (1, 8, 4, 16)
+    """
+    options = _options(locals())
+    return _run("gqa_attention", query, key, value, options, implementation, with_lse=False).out
 
 
 def gqa_attention_with_lse(
@@ -40,106 +126,314 @@ def gqa_attention_with_lse(
     causal_alignment: CausalAlignment = "upper_left",
     q_offset: int | Int[Array, "B"] | None = None,
     sliding_window: int | None = None,
-    mask: Array | None = None,
-    bias: Array | None = None,
+    mask: Bool[Array, "#B #N #T #S"] | None = None,
+    bias: Float[Array, "#B #N #T #S"] | None = None,
     query_segment_ids: Int[Array, "B T"] | None = None,
     kv_segment_ids: Int[Array, "B S"] | None = None,
     query_positions: Int[Array, "B T"] | None = None,
     kv_positions: Int[Array, "B S"] | None = None,
+    query_cu_seqlens: Int[Array, "num_sequences+1"] | None = None,
+    kv_cu_seqlens: Int[Array, "num_sequences+1"] | None = None,
     sinks: Float[Array, "N"] | None = None,
     logits_soft_cap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
-    implementation: str | None = None,
+    dropout_offset: tuple[int, int] | Int[Array, "2"] | None = None,
+    implementation: Implementation | None = None,
 ) -> AttentionOutput:
-    """Grouped-query attention; query head `h` reads key/value head `h // R`."""
-    options = {
-        "scale": scale, "is_causal": is_causal, "causal_alignment": causal_alignment, "q_offset": q_offset,
-        "sliding_window": sliding_window, "mask": mask, "bias": bias, "query_segment_ids": query_segment_ids,
-        "kv_segment_ids": kv_segment_ids, "query_positions": query_positions, "kv_positions": kv_positions,
-        "sinks": sinks, "logits_soft_cap": logits_soft_cap, "dropout_rate": dropout_rate, "dropout_key": dropout_key,
-    }  # fmt: skip
-    _check(query, key, value, **options)
-    _dispatch.resolve("gqa_attention", implementation, _reasons())
-    options["scale"] = query.shape[-1] ** -0.5 if scale is None else scale
-    return AttentionOutput(*reference.attention(query, key, value, **options))
+    """`gqa_attention` and the logarithm of its softmax denominator, by which partial results can be merged.
+
+    Arguments, errors and implementations are those of `gqa_attention`; both results are differentiable.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> query = jax.random.normal(jax.random.key(0), (1, 8, 4, 16))
+      >>> key = value = jax.random.normal(jax.random.key(1), (1, 8, 2, 16))
+      >>> gqa_attention_with_lse(query, key, value).lse.shape
+      (1, 8, 4)
+    """
+    options = _options(locals())
+    return _run("gqa_attention_with_lse", query, key, value, options, implementation, with_lse=True)
 
 
-def gqa_attention_qkv(qkv: Float[Array, "B T K R2 D"], **options: Any) -> Float[Array, "B T N D"]:
+def gqa_attention_qkv(
+    qkv: Float[Array, "B T K R+2 D"],
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    causal_alignment: CausalAlignment = "upper_left",
+    q_offset: int | Int[Array, "B"] | None = None,
+    sliding_window: int | None = None,
+    mask: Bool[Array, "#B #N #T #T"] | None = None,
+    bias: Float[Array, "#B #N #T #T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    cu_seqlens: Int[Array, "num_sequences+1"] | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    logits_soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    dropout_offset: tuple[int, int] | Int[Array, "2"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T N D"]:
     """Self-attention straight from the fused, group-interleaved projection `[Q_g | K_g | V_g]`.
 
     Args:
       qkv: `[B, T, K, R + 2, D]`: per key/value head its R query heads, then its key, then its value.
-      **options: as for `gqa_attention_with_lse`.
+      segment_ids, positions, cu_seqlens: as for `gqa_attention`, of queries and keys alike.
+      scale, is_causal, causal_alignment, q_offset, sliding_window, mask, bias, sinks, logits_soft_cap, dropout_rate,
+        dropout_key, dropout_offset, implementation: as for `gqa_attention`.
 
     Returns:
       `[B, T, K * R, D]`.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `gqa_attention`.
+
+    Example:
+      >>> import jax
+      >>> qkv = jax.random.normal(jax.random.key(0), (1, 8, 2, 2 + 2, 16))
+      >>> gqa_attention_qkv(qkv, is_causal=True).shape
+      (1, 8, 4, 16)
     """
-    if qkv.ndim != 5 or qkv.shape[3] < 3:
+    _checks.check_array("qkv", qkv, "B T K R+2 D", {})
+    batch, length, num_kv_heads, width, head_dim = qkv.shape
+    if width < 3:
         raise ValueError(f"`qkv` must have shape [B, T, K, R + 2, D] with R >= 1, got {qkv.shape}")
-    batch, length, groups, width, head_dim = qkv.shape
-    query = qkv[:, :, :, :-2].reshape(batch, length, groups * (width - 2), head_dim)
-    return gqa_attention(query, qkv[:, :, :, -2], qkv[:, :, :, -1], **options)
+    return gqa_attention(
+        qkv[:, :, :, :-2].reshape(batch, length, num_kv_heads * (width - 2), head_dim),
+        qkv[:, :, :, -2],
+        qkv[:, :, :, -1],
+        scale=scale,
+        is_causal=is_causal,
+        causal_alignment=causal_alignment,
+        q_offset=q_offset,
+        sliding_window=sliding_window,
+        mask=mask,
+        bias=bias,
+        query_segment_ids=segment_ids,
+        kv_segment_ids=segment_ids,
+        query_positions=positions,
+        kv_positions=positions,
+        query_cu_seqlens=cu_seqlens,
+        kv_cu_seqlens=cu_seqlens,
+        sinks=sinks,
+        logits_soft_cap=logits_soft_cap,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        dropout_offset=dropout_offset,
+        implementation=implementation,
+    )
 
 
 def explain_gqa_attention(
-    query, key, value, *, implementation=None, **options
+    query, key, value, *, implementation=None, **options: Any
 ) -> _dispatch.Explanation:
     """Implementation choice for `gqa_attention`."""
     del implementation
-    _check(query, key, value, **options)
-    return _dispatch.explain("gqa_attention", _reasons())
+    options = _DEFAULTS | options
+    _check(query, key, value, options)
+    return _dispatch.explain("gqa_attention", _reasons(query, key, value, options, with_lse=False))
 
 
-def _reasons() -> dict[str, str | None]:
-    return {"reference": None}
+_DEFAULTS = {
+    name: value
+    for name, value in (gqa_attention.__kwdefaults__ or {}).items()
+    if name != "implementation"
+}
 
 
-def _check(
-    query, key, value, *, scale=None, is_causal=False, causal_alignment="upper_left", q_offset=None,
-    sliding_window=None, mask=None, bias=None, query_segment_ids=None, kv_segment_ids=None,
-    query_positions=None, kv_positions=None, sinks=None, logits_soft_cap=None, dropout_rate=0.0,
-    dropout_key=None,
-) -> None:  # fmt: skip
-    """Raises for every call that no implementation may accept."""
-    del scale, bias
-    sizes: dict[str, int] = {}
-    _checks.check_array("query", query, "B T N D", sizes)
-    _checks.check_array("key", key, "B S K D", sizes)
-    _checks.check_array("value", value, "B S K Dv", sizes)
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        _checks.check_float(name, array)
-    _checks.check_same_dtype(("query", "key", "value"), (query, key, value))
-    _checks.check_multiple("N", sizes["N"], "K", sizes["K"])
-    _checks.check_one_of("causal_alignment", causal_alignment, ("upper_left", "bottom_right"))
-    if sliding_window is not None and (sliding_window < 1 or not is_causal):
-        raise ValueError(
-            "`sliding_window` must be a positive number of keys (self included) and needs `is_causal=True`, "
-            f"got sliding_window={sliding_window}, is_causal={is_causal}"
+def _options(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: arguments[name] for name in _DEFAULTS}
+
+
+def _reasons(query, key, value, options, *, with_lse: bool) -> dict[str, str | None]:
+    """Implementations in order of preference, with why each cannot run the call."""
+    return {
+        name: tuning.unsupported_reason(
+            name,
+            dtype=query.dtype,
+            head_dim=query.shape[-1],
+            value_dim=value.shape[-1],
+            options=options,
+            with_lse=with_lse,
         )
-    pairs = (
-        ("query_segment_ids", query_segment_ids, "kv_segment_ids", kv_segment_ids),
-        ("query_positions", query_positions, "kv_positions", kv_positions),
+        for name in ("cudnn", "blockwise", "reference")
+    }
+
+
+def _run(operator, query, key, value, options, implementation, *, with_lse) -> AttentionOutput:
+    _check(query, key, value, options)
+    reasons = _reasons(query, key, value, options, with_lse=with_lse)
+    chosen = _dispatch.resolve(operator, implementation, reasons)
+    static, context = _normal_form(query, key, options)
+    inputs = algebra.Inputs(query, key, value, options["bias"], options["sinks"])
+    if chosen == "cudnn":
+        # Chosen only where nobody takes the lse.
+        return AttentionOutput(cudnn.attention(inputs, static), jnp.zeros(()))
+    run: Any = reference.attention if chosen == "reference" else vjp.attention
+    return AttentionOutput(*run(inputs, context, static))
+
+
+def _normal_form(query, key, options) -> tuple[algebra.Options, algebra.Context]:
+    """The same request with every way to place tokens reduced to positions and segments."""
+    q_len, kv_len = query.shape[1], key.shape[1]
+    to_int32 = lambda array: jnp.asarray(array).astype(jnp.int32)
+    q_position, kv_position, q_segment, kv_segment = (
+        None if options[name] is None else to_int32(options[name])
+        for name in ("query_positions", "kv_positions", "query_segment_ids", "kv_segment_ids")
     )
-    for query_name, query_array, kv_name, kv_array in pairs:
-        if (query_array is None) != (kv_array is None):
-            raise ValueError(f"`{query_name}` and `{kv_name}` must be given together")
-        if query_array is not None:
-            _checks.check_array(query_name, query_array, "B T", dict(sizes))
-            _checks.check_array(kv_name, kv_array, "B S", dict(sizes))
-    if query_positions is not None and q_offset is not None:
-        raise ValueError("`q_offset` must be None when `query_positions` are given")
-    if mask is not None and (mask.dtype != jnp.bool_ or mask.ndim != 4):
-        raise ValueError(
-            f"`mask` must be boolean [B or 1, N or 1, T, S], got {mask.dtype} {mask.shape}"
+    bottom_right = options["causal_alignment"] == "bottom_right"
+    offset = options["q_offset"]
+    if offset is None:
+        offset = kv_len - q_len if bottom_right else 0
+    if options["query_cu_seqlens"] is not None:
+        q_starts, kv_starts = (
+            to_int32(options["query_cu_seqlens"]),
+            to_int32(options["kv_cu_seqlens"]),
         )
-    if sinks is not None:
-        _checks.check_array("sinks", sinks, "N", sizes)
-    if logits_soft_cap is not None and logits_soft_cap <= 0:
-        raise ValueError(f"`logits_soft_cap` must be positive, got {logits_soft_cap}")
-    if not 0.0 <= dropout_rate < 1.0:
-        raise ValueError(f"`dropout_rate` must be in [0, 1), got {dropout_rate}")
-    if dropout_rate > 0.0 and dropout_key is None:
+        q_position, q_segment = algebra.packed_tokens(q_starts, q_len)
+        kv_position, kv_segment = algebra.packed_tokens(kv_starts, kv_len)
+        if bottom_right:
+            shift = jnp.diff(kv_starts) - jnp.diff(q_starts)
+            q_position = q_position + shift[q_segment]
+    elif not isinstance(offset, int):
+        q_position = to_int32(offset)[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None]
+        kv_position = jnp.arange(kv_len, dtype=jnp.int32)[None]
+    seeds = None
+    if options["dropout_rate"] > 0.0:
+        seeds = algebra.dropout_seeds(options["dropout_key"], options["dropout_offset"])
+    scale = options["scale"]
+    static = algebra.Options(
+        scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+        is_causal=options["is_causal"],
+        sliding_window=options["sliding_window"],
+        logits_soft_cap=options["logits_soft_cap"],
+        dropout_rate=float(options["dropout_rate"]),
+        q_offset=offset if isinstance(offset, int) else 0,
+    )
+    mask = None if options["mask"] is None else jnp.asarray(options["mask"])
+    context = algebra.Context(mask, q_segment, kv_segment, q_position, kv_position, seeds)
+    return static, context
+
+
+def _check(query, key, value, options) -> None:
+    """Raises for every call that no implementation may accept."""
+    sizes: dict[str, int] = {}
+    arrays = {"query": query, "key": key, "value": value}
+    for (name, array), letters in zip(
+        arrays.items(), ("B T N D", "B S K D", "B S K Dv"), strict=True
+    ):
+        _checks.check_array(name, array, letters, sizes)
+        _checks.check_float(name, array)
+    _checks.check_same_dtype(tuple(arrays), tuple(arrays.values()))
+    if query.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
+        raise TypeError(f"`query` must be float16, bfloat16, float32 or float64, got {query.dtype}")
+    _checks.check_multiple("N", sizes["N"], "K", sizes["K"])
+    for letter in ("B", "T", "S", "D", "Dv"):
+        if sizes[letter] < 1:
+            raise ValueError(f"`{letter}` must be positive, got {sizes[letter]}")
+    _check_logits(options, sizes)
+    _check_places(options, sizes)
+    _check_dropout(options)
+
+
+def _check_logits(options, sizes) -> None:
+    if options["scale"] is not None:
+        _check_number("scale", options["scale"])
+    cap = options["logits_soft_cap"]
+    if cap is not None:
+        _check_number("logits_soft_cap", cap)
+        if cap <= 0:
+            raise ValueError(f"`logits_soft_cap` must be positive, got {cap}")
+    for name in ("mask", "bias"):
+        array = options[name]
+        if array is None:
+            continue
+        _checks.check_array(name, array, "B N T S", {})
+        full = tuple(sizes[letter] for letter in "BNTS")
+        if any(have not in (1, want) for have, want in zip(array.shape, full, strict=True)):
+            listed = ", ".join(f"{n} or 1" if n != 1 else "1" for n in full)
+            raise ValueError(f"`{name}` must have shape [{listed}], got {tuple(array.shape)}")
+    if options["mask"] is not None and options["mask"].dtype != jnp.bool_:
+        raise TypeError(f"`mask` must be boolean, got {options['mask'].dtype}")
+    if options["bias"] is not None:
+        _checks.check_float("bias", options["bias"])
+    if options["sinks"] is not None:
+        _checks.check_array("sinks", options["sinks"], "N", sizes)
+        _checks.check_float("sinks", options["sinks"])
+
+
+def _check_places(options, sizes) -> None:
+    """Positions, segments, offsets, packing, window: each alone, then which exclude each other."""
+    _checks.check_one_of(
+        "causal_alignment", options["causal_alignment"], ("upper_left", "bottom_right")
+    )
+    window = options["sliding_window"]
+    if window is not None:
+        if not isinstance(window, int | np.integer) or isinstance(window, bool):
+            raise TypeError(f"`sliding_window` must be an int, got {window!r}")
+        if window < 1:
+            raise ValueError(f"`sliding_window` must be a positive number of keys, got {window}")
+        if not options["is_causal"]:
+            raise ValueError(
+                f"`is_causal` must be True with `sliding_window={window}`, got {options['is_causal']}"
+            )
+    for query_name, kv_name, letters in (
+        ("query_segment_ids", "kv_segment_ids", ("B T", "B S")),
+        ("query_positions", "kv_positions", ("B T", "B S")),
+        ("query_cu_seqlens", "kv_cu_seqlens", ("num_sequences+1", "num_sequences+1")),
+    ):
+        given = [name for name in (query_name, kv_name) if options[name] is not None]
+        if len(given) == 1:
+            raise ValueError(
+                f"`{query_name}` and `{kv_name}` must be given together, got only `{given[0]}`"
+            )
+        shape = dict(sizes)
+        for name, letter in zip(given, letters, strict=False):
+            _checks.check_array(name, options[name], letter, shape)
+            _checks.check_integer(name, options[name])
+    packed = options["query_cu_seqlens"] is not None
+    if packed and sizes["B"] != 1:
+        raise ValueError(f"`query_cu_seqlens` must come with B=1, got B={sizes['B']}")
+    if packed and options["query_cu_seqlens"].shape[0] < 2:
+        raise ValueError("`query_cu_seqlens` must hold at least two entries, got 1")
+    offset = options["q_offset"]
+    if offset is not None and not (isinstance(offset, int) and not isinstance(offset, bool)):
+        _checks.check_array("q_offset", offset, "B", sizes)
+        _checks.check_integer("q_offset", offset)
+    ways = {
+        "q_offset": offset is not None,
+        "causal_alignment='bottom_right'": options["causal_alignment"] == "bottom_right",
+        "query_positions": options["query_positions"] is not None,
+        "query_segment_ids": options["query_segment_ids"] is not None,
+        "query_cu_seqlens": packed,
+    }
+    for one, other in (
+        ("q_offset", "causal_alignment='bottom_right'"),
+        ("q_offset", "query_positions"),
+        ("q_offset", "query_cu_seqlens"),
+        ("causal_alignment='bottom_right'", "query_positions"),
+        ("query_positions", "query_cu_seqlens"),
+        ("query_segment_ids", "query_cu_seqlens"),
+    ):
+        if ways[one] and ways[other]:
+            raise ValueError(f"`{one}` must not be given together with `{other}`, got both")
+
+
+def _check_dropout(options) -> None:
+    rate = options["dropout_rate"]
+    _check_number("dropout_rate", rate)
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"`dropout_rate` must be in [0, 1), got {rate}")
+    if rate > 0.0 and options["dropout_key"] is None:
+        raise ValueError(f"`dropout_key` must be given with `dropout_rate={rate}`, got None")
+    if options["dropout_offset"] is not None and np.shape(options["dropout_offset"]) != (2,):
         raise ValueError(
-            f"`dropout_key` must be given when `dropout_rate={dropout_rate}` is positive"
+            f"`dropout_offset` must be (batch row, query head), got {options['dropout_offset']!r}"
         )
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a Python number, got {type(value).__name__}")

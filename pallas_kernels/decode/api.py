@@ -1,11 +1,16 @@
 """Public decode attention: contract, validation, choice of implementation."""
 
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch
-from pallas_kernels.decode import reference
+from pallas_kernels.decode import blockwise, reference, tuning
 
 MAX_NEW_TOKENS = 16
+Implementation = Literal["blockwise", "reference"]
 
 
 def decode_attention(
@@ -20,53 +25,80 @@ def decode_attention(
     sinks: Float[Array, "N"] | None = None,
     logits_soft_cap: float | None = None,
     scale: float | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "B T N Dv"]:
     """Causal attention of the T newest tokens of each row over its cache.
 
     Args:
       query: `[B, T, N, D]`, T from 1 to 16; query t of row b stands at position `lengths[b] - T + t`.
-      key_cache: `[B, K, S, D]` head-major, the T new keys already written; any float or 8-bit dtype.
-      value_cache: `[B, K, S, Dv]`.
-      lengths: `[B]` integer, tokens in the cache of each row, the T new ones included.
-      key_scale, value_scale: `[B, K, S]` float32, one scale per kv head and token of a quantised cache.
+      key_cache: `[B, K, S, D]` head-major, the T new keys already written; any float, float8 or int8. What stands
+        behind `lengths[b]` is not seen, but must be finite.
+      value_cache: `[B, K, S, Dv]`; its dtype may differ from that of `key_cache`.
+      lengths: `[B]` integer, tokens in the cache of each row, the T new ones included; at most S.
+      key_scale, value_scale: `[B, K, S]` float, one scale per kv head and token; an int8 cache needs its own.
       sliding_window: exactly this many keys are visible, self included.
       sinks: `[N]` float, one more logit per head that takes softmax mass and gives nothing.
       logits_soft_cap: `cap * tanh(logits / cap)`.
-      scale: default `D ** -0.5`.
-      implementation: None or "reference" (XLA, any device).
+      scale: multiplies the logits; `D ** -0.5` by default.
+      implementation: None takes the first of this table.
 
     Returns:
-      `[B, T, N, Dv]` in the query's dtype; softmax in float32.
+      `[B, T, N, Dv]` in the query's dtype; softmax and accumulators in float32 (float64 for float64 queries). A
+      query at a negative position (a row of fewer than T tokens) gives zeros.
 
     Raises:
-      TypeError, ValueError: naming the argument.
+      TypeError, ValueError: naming the argument, before anything is computed.
+
+    | implementation | runs on | dtypes | copies of the cache | gradients | vmap, shard_map | deterministic |
+    |---|---|---|---|---|---|---|
+    | "blockwise" | any (XLA) | all | CPU: one head at a time, and only to widen it | all floats | yes | yes |
+    | "reference" | any (XLA) | all | float32 copy of the whole | all floats | yes | yes |
+
+    Source: grouped queries, arXiv 2305.13245 section 2. Head-major, so that a step reads each key once and writes none.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> cache = jax.random.normal(jax.random.key(0), (2, 2, 32, 16))
+      >>> query = jax.random.normal(jax.random.key(1), (2, 1, 4, 16))
+      >>> decode_attention(query, cache, cache, jnp.array([7, 32])).shape
+      (2, 1, 4, 16)
     """
-    _check(query, key_cache, value_cache, lengths, key_scale, value_scale, sliding_window, sinks)
-    _dispatch.resolve("decode_attention", implementation, _REASONS)
-    return reference.decode_attention(
-        query, key_cache, value_cache, lengths, key_scale=key_scale, value_scale=value_scale,
-        sliding_window=sliding_window, sinks=sinks, logits_soft_cap=logits_soft_cap,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-    )  # fmt: skip
+    options = {
+        "key_scale": key_scale,
+        "value_scale": value_scale,
+        "sliding_window": sliding_window,
+        "sinks": sinks,
+        "logits_soft_cap": logits_soft_cap,
+        "scale": scale,
+    }
+    _check(query, key_cache, value_cache, lengths, **options)
+    chosen = _dispatch.resolve("decode_attention", implementation, _reasons())
+    options["scale"] = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    run = reference if chosen == "reference" else blockwise
+    return run.decode_attention(query, key_cache, value_cache, lengths, **options)
 
 
 def explain_decode_attention(
-    query, key_cache, value_cache, lengths, *, key_scale=None, value_scale=None, sliding_window=None,
-    sinks=None, logits_soft_cap=None, scale=None, implementation=None,
-) -> _dispatch.Explanation:  # fmt: skip
+    query, key_cache, value_cache, lengths, *, implementation=None, **options: Any
+) -> _dispatch.Explanation:
     """Implementation choice for `decode_attention`."""
-    del logits_soft_cap, scale, implementation
-    _check(query, key_cache, value_cache, lengths, key_scale, value_scale, sliding_window, sinks)
-    return _dispatch.explain("decode_attention", _REASONS)
+    del implementation
+    defaults = {
+        n: v for n, v in (decode_attention.__kwdefaults__ or {}).items() if n != "implementation"
+    }
+    _check(query, key_cache, value_cache, lengths, **(defaults | options))
+    return _dispatch.explain("decode_attention", _reasons())
 
 
-_REASONS: dict[str, str | None] = {"reference": None}
+def _reasons() -> dict[str, str | None]:
+    return {name: tuning.unsupported_reason(name) for name in ("blockwise", "reference")}
 
 
 def _check(
-    query, key_cache, value_cache, lengths, key_scale, value_scale, sliding_window, sinks
-) -> None:
+    query, key_cache, value_cache, lengths, *, key_scale, value_scale, sliding_window, sinks,
+    logits_soft_cap, scale,
+) -> None:  # fmt: skip
+    """Raises for every call that no implementation may accept."""
     sizes: dict[str, int] = {}
     _checks.check_array("query", query, "B T N D", sizes)
     _checks.check_array("key_cache", key_cache, "B K S D", sizes)
@@ -77,12 +109,33 @@ def _check(
     _checks.check_multiple("N", sizes["N"], "K", sizes["K"])
     if not 1 <= sizes["T"] <= MAX_NEW_TOKENS:
         raise ValueError(f"`query` must hold 1 to {MAX_NEW_TOKENS} tokens, got T={sizes['T']}")
-    for name, scales in (("key_scale", key_scale), ("value_scale", value_scale)):
+    if sizes["S"] < sizes["T"]:
+        raise ValueError(f"`key_cache` must hold at least T={sizes['T']} slots, got S={sizes['S']}")
+    for name, scale_name, cache, scales in (
+        ("key_cache", "key_scale", key_cache, key_scale),
+        ("value_cache", "value_scale", value_cache, value_scale),
+    ):
+        if cache.dtype != jnp.int8:
+            _checks.check_float(name, cache)
+        elif scales is None:
+            raise ValueError(f"`{scale_name}` must be given with an int8 `{name}`, got None")
         if scales is not None:
-            _checks.check_array(name, scales, "B K S", sizes)
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(
-            f"`sliding_window` must be a positive number of keys, got {sliding_window}"
-        )
+            _checks.check_array(scale_name, scales, "B K S", sizes)
+            _checks.check_float(scale_name, scales)
+    if sliding_window is not None:
+        if not isinstance(sliding_window, int | np.integer) or isinstance(sliding_window, bool):
+            raise TypeError(f"`sliding_window` must be an int, got {sliding_window!r}")
+        if sliding_window < 1:
+            raise ValueError(
+                f"`sliding_window` must be a positive number of keys, got {sliding_window}"
+            )
     if sinks is not None:
         _checks.check_array("sinks", sinks, "N", sizes)
+        _checks.check_float("sinks", sinks)
+    for name, number in (("scale", scale), ("logits_soft_cap", logits_soft_cap)):
+        if number is not None and (
+            isinstance(number, bool) or not isinstance(number, int | float | np.number)
+        ):
+            raise TypeError(f"`{name}` must be a Python number, got {type(number).__name__}")
+    if logits_soft_cap is not None and logits_soft_cap <= 0:
+        raise ValueError(f"`logits_soft_cap` must be positive, got {logits_soft_cap}")

@@ -1,6 +1,8 @@
-"""Attention of T new tokens over a head-major cache in `jax.numpy`: one einsum read, nothing rewritten."""
+"""Attention of T new tokens over a head-major cache in `jax.numpy`: the oracle. Widens the whole cache to float32."""
 
 import jax.numpy as jnp
+
+from pallas_kernels.decode import algebra
 
 
 def decode_attention(
@@ -10,7 +12,7 @@ def decode_attention(
     """Returns `[B, T, N, Dv]`; softmax in float32. `lengths` counts cached tokens, the T new ones included."""
     batch, num_new, num_heads, head_dim = query.shape
     num_kv_heads, capacity = key_cache.shape[1:3]
-    compute = jnp.promote_types(query.dtype, jnp.float32)
+    compute = algebra.compute_dtype(query.dtype)
     grouped = query.reshape(batch, num_new, num_kv_heads, -1, head_dim).astype(compute)
     logits = scale * jnp.einsum(
         "btkrd,bksd->bkrts", grouped, key_cache.astype(compute), precision="highest"
@@ -19,12 +21,8 @@ def decode_attention(
         logits = logits * key_scale.astype(compute)[:, :, None, None, :]
     if logits_soft_cap is not None:
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
-    position = lengths[:, None] - num_new + jnp.arange(num_new)[None, :]  # [B, T]
-    distance = position[:, :, None] - jnp.arange(capacity)[None, None, :]
-    visible = distance >= 0
-    if sliding_window is not None:
-        visible = visible & (distance < sliding_window)
-    logits = jnp.where(visible[:, None, None], logits, -jnp.inf)
+    seen = algebra.visible(lengths, num_new, capacity, sliding_window)
+    logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
     top = logits.max(axis=-1, keepdims=True)
     if sinks is not None:
         sinks = sinks.astype(compute).reshape(1, num_kv_heads, -1, 1, 1)

@@ -57,3 +57,11 @@ def assert_bitwise_equal(actual, expected, *, what: str = "") -> None:
             f"{what}: {int(differs.sum())} of {differs.size} differ; first at {tuple(map(int, first))}: "
             f"{actual[first]!r} against {expected[first]!r}"
         )
+
+
+def rounding(dtype, *, terms: int = 64) -> float:
+    """Error to expect of a float32-accumulated result of size 1 that is a sum of `terms` and is stored in `dtype`."""
+    import jax.numpy as jnp
+
+    accumulated = float(jnp.finfo(jnp.float64 if dtype == jnp.float64 else jnp.float32).eps)
+    return 2.0 * float(jnp.finfo(dtype).eps) + 4.0 * accumulated * terms**0.5

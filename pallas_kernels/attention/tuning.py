@@ -1,0 +1,104 @@
+"""Block sizes of each implementation, and which requests it cannot run."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _dispatch
+
+# Rows (queries times the heads of their group) and keys of a tile. 512 x 512 float32 logits are 1 MiB: they stay in a
+# core's L2 cache between the product, the softmax and the next product, and each product is large enough
+# (33 MFLOP at D = 64) to hide the cost of starting it on every core. Measured on 2 cores, T = 2048: 256 to 1024 are
+# within noise of each other, 128 loses a third.
+TILE_ROWS = 512
+TILE_KEYS = 512
+# Groups of heads share a tile while its logits stay under this, so that short sequences do not become tiny products.
+TILE_ELEMENTS = 2 * TILE_ROWS * TILE_KEYS
+# A device with its own memory wants all heads in flight at once; this bounds the tile to 256 MiB of float32.
+TILE_ELEMENTS_ACCELERATOR = 1 << 26
+# Vector registers hold 16 float32: blocks are padded to whole registers, not to whole tiles.
+GRANULE = 16
+
+
+class Blocks(NamedTuple):
+    """Sizes of a tile: batch rows, key/value heads, queries (each with its R heads), keys."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+
+
+def blocks(batch: int, num_kv_heads: int, group: int, q_len: int, kv_len: int) -> Blocks:
+    """Tile sizes of `blockwise` for shapes B, K, R, T, S."""
+    queries = _split(q_len, max(GRANULE, TILE_ROWS // group))
+    keys = _split(kv_len, TILE_KEYS)
+    budget = TILE_ELEMENTS if jax.default_backend() == "cpu" else TILE_ELEMENTS_ACCELERATOR
+    together = max(1, budget // (queries * group * keys))
+    heads = _largest_divisor(num_kv_heads, together)
+    rows = _largest_divisor(batch, together // heads) if heads == num_kv_heads else 1
+    return Blocks(rows, heads, queries, keys)
+
+
+def _split(length: int, target: int) -> int:
+    """The block length that cuts `length` into the fewest blocks of at most `target`, padded least."""
+    count = math.ceil(length / target)
+    if count == 1:
+        return length
+    return math.ceil(length / count / GRANULE) * GRANULE
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(d for d in range(1, max(1, min(number, limit)) + 1) if number % d == 0)
+
+
+def unsupported_reason(
+    implementation: str,
+    *,
+    dtype,
+    head_dim: int,
+    value_dim: int,
+    options: dict,
+    with_lse: bool,
+) -> str | None:
+    """Why `implementation` cannot run a request, or None if it can.
+
+    Args:
+      implementation: "reference", "blockwise" or "cudnn".
+      dtype, head_dim, value_dim: of query and value.
+      options: the keyword arguments of `gqa_attention`.
+      with_lse: whether the caller also takes the lse.
+    """
+    if implementation != "cudnn":
+        return None
+    if _dispatch.platform() != "gpu":
+        return f"it needs an NVIDIA GPU, this is {_dispatch.platform()}"
+    capability = _dispatch.compute_capability() or "0.0"
+    if float(capability) < 8.0:
+        return f"it needs compute capability 8.0, this is {capability}"
+    if dtype not in (jnp.float16, jnp.bfloat16):
+        return f"it needs float16 or bfloat16, got {dtype}"
+    widest = 256 if float(capability) >= 9.0 else 128
+    if head_dim > widest or head_dim % 8:
+        return f"D must be a multiple of 8 up to {widest}, got {head_dim}"
+    if value_dim != head_dim:
+        return f"it needs Dv == D, got {value_dim} and {head_dim}"
+    if with_lse:
+        return "it cannot differentiate the lse"
+    if options["mask"] is not None or options["bias"] is not None:
+        return "it gives no zeros for a query that `mask` or `bias` hides from every key"
+    for name in (
+        "query_segment_ids", "query_positions", "query_cu_seqlens", "sinks", "logits_soft_cap",
+    ):  # fmt: skip
+        if options[name] is not None:
+            return f"it has no `{name}`"
+    if options["dropout_rate"] > 0.0:
+        return "its dropout cannot be reproduced from `dropout_key` by the other implementations"
+    if options["is_causal"]:
+        if options["q_offset"] is not None:
+            return "it has no `q_offset`"
+        if options["causal_alignment"] != "upper_left":
+            return "it aligns the causal mask to the upper left only"
+    return None
