@@ -155,13 +155,17 @@ def _blocks(matrix, width, *, below):
 
 
 def _substitute(lower):
+    """Row i of the inverse is `e_i - sum_{j < i} lower[i, j] row_j`; a loop, which compiles sooner than 15 copies."""
     size = lower.shape[-1]
     identity = jnp.eye(size, dtype=lower.dtype).reshape((1,) * (lower.ndim - 2) + (size, size))
-    rows = jnp.broadcast_to(identity[..., :1, :], (*lower.shape[:-2], 1, size))
-    for i in range(1, size):
-        earlier = jnp.sum(lower[..., i, :i, None] * rows, axis=-2, keepdims=True)
-        rows = jnp.concatenate([rows, identity[..., i : i + 1, :] - earlier], axis=-2)
-    return rows
+
+    def row(i, rows):
+        weights = jnp.swapaxes(jax.lax.dynamic_slice_in_dim(lower, i, 1, axis=-2), -1, -2)
+        earlier = jnp.sum(weights * rows, axis=-2, keepdims=True)
+        unit = jax.lax.dynamic_slice_in_dim(rows, i, 1, axis=-2)
+        return jax.lax.dynamic_update_slice_in_dim(rows, unit - earlier, i, axis=-2)
+
+    return jax.lax.fori_loop(1, size, row, jnp.broadcast_to(identity, lower.shape))
 
 
 def prefix_before(x):
