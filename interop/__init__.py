@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from interop.dlpack import to_torch as to_torch
     from interop.dlpack import tree_to_jax as tree_to_jax
     from interop.dlpack import tree_to_torch as tree_to_torch
+    from interop.operators import attention as attention
+    from interop.operators import gated_delta_rule as gated_delta_rule
+    from interop.operators import gated_delta_rule_step as gated_delta_rule_step
     from interop.programs import RecompilationWarning as RecompilationWarning
     from interop.torch_function import wrap as wrap
 
@@ -34,6 +37,9 @@ _HOME = {  # public name -> the module that defines it; all of them import torch
     "pad_to": "interop.bucketing",
     "RecompilationWarning": "interop.programs",
     "wrap": "interop.torch_function",
+    "attention": "interop.operators",
+    "gated_delta_rule": "interop.operators",
+    "gated_delta_rule_step": "interop.operators",
 }
 
 

@@ -152,11 +152,20 @@ def _call_traced(handle: str, save: bool, static: tuple, arguments: tuple) -> An
     if torch.is_grad_enabled():
         wanted = "".join(["1" if x.requires_grad else "0" for x in leaves])
     if "1" in wanted:
-        flat = JaxFunction.apply(key, wanted, save, *leaves)
+        flat = JaxFunction.apply(key, wanted, save, *_distinct(leaves))
     else:
         flat = torch.ops.gqa_jax.call(leaves, key, "")[0]
     count, out_form = _results(key)
     return structure.rebuild(out_form, flat[:count])
+
+
+def _distinct(tensors: list[Tensor]) -> list[Tensor]:
+    """Without repetitions: Dynamo drops the gradient of all but one input that are the same tensor (torch 2.11)."""
+    unique: list[Tensor] = []
+    for tensor in tensors:
+        repeated = any(tensor is other for other in unique)
+        unique.append(tensor.view_as(tensor) if repeated else tensor)
+    return unique
 
 
 @torch._dynamo.assume_constant_result

@@ -1,0 +1,170 @@
+"""The functional operators against PyTorch's own attention and a token-by-token recurrence."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import interop  # noqa: E402
+from tests.support.compare import assert_close  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+
+def leaves(*shapes, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, dtype=dtype, generator=generator).requires_grad_() for s in shapes]
+
+
+def compare(ours, theirs, tensors, *, atol=1e-5):
+    assert_close(ours, theirs, atol=atol)
+    weight = torch.randn_like(theirs)
+    pairs = (torch.autograd.grad((y * weight).sum(), tensors) for y in (ours, theirs))
+    for mine, its in zip(*pairs, strict=True):
+        assert_close(mine, its, atol=atol)
+
+
+@pytest.mark.parametrize("kind", ["full", "causal", "mask", "bias", "gqa"])
+def test_attention_is_torchs(kind):
+    heads = 2 if kind == "gqa" else 4
+    tensors = leaves((2, 5, 4, 8), (2, 7, heads, 8), (2, 7, heads, 8))
+    mask = torch.rand(2, 1, 5, 7) > 0.4
+    mask[..., 0] = True
+    bias = torch.randn(2, 4, 5, 7)
+    ours = {"causal": {"is_causal": True}, "mask": {"mask": mask}, "bias": {"bias": bias}}.get(
+        kind, {}
+    )
+    theirs = {
+        "causal": {"is_causal": True},
+        "mask": {"attn_mask": mask},
+        "bias": {"attn_mask": bias},
+    }
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in tensors), enable_gqa=True, **theirs.get(kind, {})
+    )
+    compare(interop.attention(*tensors, **ours), expected.transpose(1, 2), tensors)
+
+
+def test_attention_options_reach_the_operator():
+    query, key, value = leaves((1, 4, 4, 8), (1, 4, 2, 8), (1, 4, 2, 8))
+    defaults = dict(
+        scale=None, is_causal=False, causal_alignment="upper_left", q_offset=None, sliding_window=None, mask=None,
+        bias=None, query_segment_ids=None, kv_segment_ids=None, query_positions=None, kv_positions=None, sinks=None,
+        logits_soft_cap=None, dropout_rate=0.0, dropout_seed=None, implementation=None,
+    )  # fmt: skip
+    plain = interop.attention(query, key, value)
+    assert torch.equal(interop.attention(query, key, value, **defaults), plain)
+    ids = torch.tensor([[0, 0, 1, 1]])  # int64, as torch makes them
+    changed = {
+        "scale": {"scale": 0.1},
+        "window": {"is_causal": True, "sliding_window": 2},
+        "segments": {"query_segment_ids": ids, "kv_segment_ids": ids},
+        "positions": {"is_causal": True, "query_positions": ids, "kv_positions": ids},
+        "offset": {"is_causal": True, "q_offset": -1},
+        "offsets": {"is_causal": True, "q_offset": torch.tensor([1])},
+        "sinks": {"sinks": torch.zeros(4)},
+        "cap": {"logits_soft_cap": 0.5},
+        "dropout": {"dropout_rate": 0.5},
+    }
+    for name, options in changed.items():
+        out = interop.attention(query, key, value, **options)
+        assert out.shape == plain.shape, name
+        assert not torch.equal(out, plain), name
+    with pytest.raises(ValueError, match="`sliding_window` must be a positive number of keys"):
+        interop.attention(query, key, value, sliding_window=2)
+    with pytest.raises(ValueError, match="`implementation` must be None or one of"):
+        interop.attention(query, key, value, implementation="cuda")
+
+
+def test_dropout_follows_torchs_generator_and_its_seed():
+    tensors = leaves((1, 4, 4, 8), (1, 4, 2, 8), (1, 4, 2, 8))
+    draw = lambda **seed: interop.attention(*tensors, dropout_rate=0.5, **seed)
+    torch.manual_seed(3)
+    first, second = draw(), draw()
+    torch.manual_seed(3)
+    assert torch.equal(draw(), first)
+    assert not torch.equal(first, second)
+    seed = torch.tensor([1, -2], dtype=torch.int32)
+    assert torch.equal(draw(dropout_seed=seed), draw(dropout_seed=seed))
+    checkpointed = torch.utils.checkpoint.checkpoint(draw, use_reentrant=False)
+    checkpointed.sum().backward()
+
+
+def recurrence(query, key, value, g, beta):
+    """The definition, token by token."""
+    per_key = value.shape[2] // key.shape[2]
+    norm = lambda x: x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+    query, key = (norm(x).repeat_interleave(per_key, 2) for x in (query, key))
+    state, outs = (
+        value.new_zeros(value.shape[0], value.shape[2], key.shape[-1], value.shape[-1]),
+        [],
+    )
+    for t in range(value.shape[1]):
+        q, k, v = query[:, t], key[:, t], value[:, t]
+        state = state * g[:, t].exp()[..., None, None]
+        update = (v - torch.einsum("bhkv,bhk->bhv", state, k)) * beta[:, t][..., None]
+        state = state + k[..., None] * update[..., None, :]
+        outs.append(torch.einsum("bhkv,bhk->bhv", state, q) * q.shape[-1] ** -0.5)
+    return torch.stack(outs, 1), state
+
+
+def delta_inputs(length=6, seed=0):
+    q, k, v, g, beta = leaves(
+        (2, length, 2, 4),
+        (2, length, 2, 4),
+        (2, length, 4, 3),
+        (2, length, 4),
+        (2, length, 4),
+        seed=seed,
+    )
+    leaf = lambda x: x.detach().requires_grad_()
+    return [q, k, v, leaf(-torch.nn.functional.softplus(g)), leaf(beta.sigmoid())]
+
+
+def test_gated_delta_rule_is_the_recurrence():
+    tensors = delta_inputs()
+    ours = interop.gated_delta_rule(*tensors, use_qk_l2norm=True)
+    out, state = recurrence(*tensors)
+    assert_close(ours.final_state, state, atol=1e-5)
+    compare(ours.out, out, tensors)
+
+
+def test_gated_delta_rule_continues_from_a_state():
+    tensors = delta_inputs(7)
+    whole = interop.gated_delta_rule(*tensors, use_qk_l2norm=True)
+    first = interop.gated_delta_rule(*(x[:, :6] for x in tensors), use_qk_l2norm=True)
+    rest = [x[:, 6:] for x in tensors]
+    for last in (
+        interop.gated_delta_rule(*rest, initial_state=first.final_state, use_qk_l2norm=True),
+        interop.gated_delta_rule_step(*rest, first.final_state, use_qk_l2norm=True),
+    ):
+        assert_close(last.out, whole.out[:, 6:], atol=1e-5)
+        assert_close(last.final_state, whole.final_state, atol=1e-5)
+    ids = torch.tensor([[0] * 6 + [1]] * 2)
+    alone = interop.gated_delta_rule(*rest, use_qk_l2norm=True)
+    packed = interop.gated_delta_rule(*tensors, segment_ids=ids, use_qk_l2norm=True)
+    assert_close(packed.final_state, alone.final_state, atol=1e-5)
+
+
+@pytest.mark.usefixtures("loose_promotion")
+def test_gradcheck_of_the_operators():
+    double = lambda tensors: [x.detach().double().requires_grad_() for x in tensors]
+    small = double(leaves((1, 3, 2, 2), (1, 3, 1, 2), (1, 3, 1, 2)))
+    attention = lambda *a: interop.attention(*a, is_causal=True)
+    assert torch.autograd.gradcheck(attention, small)
+    assert torch.autograd.gradgradcheck(attention, small)
+    delta = lambda *a: tuple(interop.gated_delta_rule(*a, use_qk_l2norm=True))
+    assert torch.autograd.gradcheck(delta, double(x[:1, :3] for x in delta_inputs(3)))
+
+
+def test_operators_compile_whole():
+    torch._dynamo.reset()
+    tensors = delta_inputs()
+
+    def model(q, k, v, g, beta):
+        mixed = interop.gated_delta_rule(q, k, v, g, beta, use_qk_l2norm=True).out
+        return interop.attention(mixed, mixed, mixed, is_causal=True, scale=0.3).sin().sum()
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    pairs = (torch.autograd.grad(f(*tensors), tensors) for f in (compiled, model))
+    for mine, its in zip(*pairs, strict=True):
+        assert_close(mine, its, atol=1e-5)
