@@ -623,6 +623,32 @@ def backward(
     return Gradients(dq[:, :q_len], dk[:, :kv_len], dv[:, :kv_len], d_sinks)
 
 
+def backward_qkv(
+    qkv: jax.Array, out: jax.Array, lse: jax.Array, d_out: jax.Array, *, config: BackwardConfig, scale: float,
+    d_lse: jax.Array | None = None, is_causal: bool = False, sliding_window: int | None = None,
+    offset: int | jax.Array = 0, segment_ids: jax.Array | None = None, sinks: jax.Array | None = None,
+    logits_soft_cap: float | None = None,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+    """As `backward`, for `mosaic_gpu_fwd.forward_qkv`: `(d_qkv, d_sinks)`, both kernels writing into one buffer."""
+    batch, length, num_kv_heads, width, head_dim = qkv.shape
+    mask = masks.Mask(
+        length, length, is_causal, sliding_window, offset if isinstance(offset, int) else None,
+        segment_ids is not None,
+    )  # fmt: skip
+    shapes = Shapes(
+        batch, num_kv_heads * (width - 2), num_kv_heads, head_dim, qkv.dtype, mask, scale, logits_soft_cap, True,
+        config,
+    )  # fmt: skip
+    statistics, d_sinks = _statistics(shapes, out, lse, d_out, d_lse, sinks)
+    rows = _mosaic_gpu.round_up(length, 8)
+    qkv, d_out = (_mosaic_gpu.pad_axis(x, 1, rows) for x in (qkv, d_out))
+    tables = _tables(shapes, offset, segment_ids, segment_ids)
+    d_qkv = jax.new_ref(lax.empty(qkv.shape, qkv.dtype))
+    for which in ("dk_dv", "dq"):
+        _run(shapes, which, (qkv, d_out, *statistics), tables, d_qkv)
+    return d_qkv[...][:, :length], d_sinks
+
+
 def _statistics(shapes: Shapes, out, lse, d_out, d_lse, sinks):
     """Per row `[B, N, T']`: lse in log2 units and delta; and the gradient of the sinks."""
     lse, rows = jnp.swapaxes(lse, 1, 2), shapes.query_rows
@@ -659,17 +685,20 @@ def _tables(shapes: Shapes, offset, query_ids, key_ids) -> dict[str, dict[str, j
     return tables
 
 
-def _run(shapes: Shapes, which: str, arrays, tables, out_type):
-    """One of the two kernels."""
+def _run(shapes: Shapes, which: str, arrays, tables, target):
+    """One of the two kernels; `target` is the fused gradient to write into, or the types of separate ones."""
     optional = tables[which]
     mask, config = shapes.mask, shapes.config
     names = ("offsets", "query_ids", "key_ids", "bounds")
 
     def attention_backward(*refs, **scratch):
-        inputs_end = len(refs) - len(out_type)
-        given, outputs = refs[:inputs_end], list(refs[inputs_end:])
-        extra = dict(zip(optional, given[6:], strict=True))
-        inputs = Inputs(*given[:6], **{name: extra.get(name) for name in names})
+        if shapes.fused:
+            refs, outputs = refs[:-1], [refs[-1]] * 2
+            refs = refs[:1] * 3 + refs[1:]
+        else:
+            refs, outputs = refs[: -len(target)], list(refs[-len(target) :])
+        extra = dict(zip(optional, refs[6:], strict=True))
+        inputs = Inputs(*refs[:6], **{name: extra.get(name) for name in names})
         s, wg = _mosaic_gpu.Scratch(scratch), lax.axis_index("warpgroup")
         if which == "dk_dv":
             block = locate(shapes, inputs, masks.query_tiles, shapes.block_keys, config.block_q)
@@ -680,20 +709,17 @@ def _run(shapes: Shapes, which: str, arrays, tables, out_type):
             pl.when(wg < 2)(lambda: query_role(shapes, inputs, s, block, outputs[0], wg))
             pl.when(wg == 2)(lambda: query_memory_role(shapes, inputs, s, block))
 
-    if which == "dk_dv":
-        heads, tiles = shapes.num_kv_heads, -(-mask.kv_len // shapes.block_keys)
-        scratch = key_scratch(shapes)
-    else:
-        heads, tiles = shapes.num_heads, -(-mask.q_len // (2 * ROWS))
-        scratch = query_scratch(shapes)
-    return plgpu.kernel(
+    keys = which == "dk_dv"
+    blocks = -(-mask.kv_len // shapes.block_keys) if keys else -(-mask.q_len // (2 * ROWS))
+    run = plgpu.kernel(
         attention_backward,
-        out_type=out_type,
-        scratch_types=scratch,
-        grid=(heads, shapes.batch, tiles),
+        out_type=() if shapes.fused else target,
+        scratch_types=key_scratch(shapes) if keys else query_scratch(shapes),
+        grid=(shapes.num_kv_heads if keys else shapes.num_heads, shapes.batch, blocks),
         grid_names=("heads", "batch", "tile"),
         num_threads=3,
         thread_name="warpgroup",
         kernel_name=f"attention_backward_{which}",
         **_mosaic_gpu.kernel_options(),
-    )(*arrays, *optional.values())
+    )
+    return run(*arrays, *optional.values(), *([target] if shapes.fused else []))

@@ -106,3 +106,25 @@ def test_twice_is_bitwise_the_same():
     first, second = (run(arrays, scale=0.1, is_causal=True) for _ in range(2))
     for name, a, b in zip(first._fields[:3], first[:3], second[:3], strict=True):
         compare.assert_bitwise_equal(a, b, what=name)
+
+
+@pytest.mark.parametrize("group, length, dim", [(2, 200, 64), (1, 75, 256)])
+def test_into_the_fused_buffer(group, length, dim):
+    query, key, value, d_out = cases.inputs(10, q_len=length, heads=group, dim=dim)
+    shape = (*key.shape[:3], group, dim)
+    fused = jnp.concatenate([query.reshape(shape), key[..., None, :], value[..., None, :]], axis=3)
+    options = {"config": backward_config(head_dim=dim), "scale": 0.1, "is_causal": True}
+    out, lse = cases.truth(query, key, value, scale=0.1, is_causal=True)
+    out = out.astype(query.dtype)
+
+    def both(query, key, value, fused, out, lse, d_out):
+        apart = mosaic_gpu_bwd.backward(query, key, value, out, lse, d_out, **options)
+        return apart, mosaic_gpu_bwd.backward_qkv(fused, out, lse, d_out, **options)
+
+    with interpreted():
+        apart, (together, _) = jax.block_until_ready(
+            jax.jit(both)(query, key, value, fused, out, lse, d_out)
+        )
+    compare.assert_bitwise_equal(together[:, :, :, :group], apart.query.reshape(shape))
+    compare.assert_bitwise_equal(together[:, :, :, group], apart.key)
+    compare.assert_bitwise_equal(together[:, :, :, group + 1], apart.value)
