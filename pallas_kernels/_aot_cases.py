@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import mosaic_gpu_fwd, mosaic_gpu_tuning
+from pallas_kernels.attention import mosaic_gpu_bwd, mosaic_gpu_fwd, mosaic_gpu_tuning
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -22,12 +22,14 @@ class Case:
       build: makes the function and its arguments (`jax.ShapeDtypeStruct`); every argument has a leading batch axis.
       flops: floating-point operations of its matrix products, counting only what the mask lets through.
       hbm_bytes: the least it must move: every input read and every output written once.
+      tensor_instructions: per kernel, how many wgmma instructions its code must hold, derived on paper.
     """
 
     name: str
     build: Callable[[], Program]
     flops: float = 0.0
     hbm_bytes: float = 0.0
+    tensor_instructions: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +83,24 @@ class AttentionShape:
             arrays["segment_ids"] = struct(rows, jnp.int32)
         return arrays
 
+    @property
+    def row_bytes(self) -> float:
+        """One 16-bit value per query head, token and channel."""
+        return 2.0 * self.batch * self.length * self.head_dim * self.heads
+
     def forward_bytes(self) -> float:
-        rows = 2.0 * self.batch * self.length * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return rows + 4.0 * self.batch * self.length * self.heads
+        """Query, key, value in; output and lse out."""
+        both_keys = 2 * self.row_bytes * self.kv_heads / self.heads
+        return 2 * self.row_bytes + both_keys + 4.0 * self.batch * self.length * self.heads
+
+    def backward_bytes(self) -> float:
+        """Query, key, value, output, its gradient and lse in; three gradients out."""
+        both_keys = 2 * self.row_bytes * self.kv_heads / self.heads
+        return 4 * self.row_bytes + 2 * both_keys + 4.0 * self.batch * self.length * self.heads
+
+    def loops(self, block_kv: int) -> int:
+        """Copies of a loop body: one with the mask where it may be needed, one without."""
+        return 2 if self.is_causal or self.segments or self.length % block_kv else 1
 
     def forward_config(self) -> mosaic_gpu_tuning.ForwardConfig:
         return mosaic_gpu_tuning.forward_config(
@@ -127,12 +144,49 @@ def _forward(shape: AttentionShape) -> Case:
 
         return attention_forward, tuple(arrays.values())
 
-    return Case(
-        f"gqa_attention/forward/{shape.label}", build, shape.flops(2), shape.forward_bytes()
-    )
+    config = shape.forward_config()
+    # A wgmma covers 64 rows, all columns and 16 of the contracted dimension: scores contract head_dim, the weighted sum
+    # contracts the keys. The prologue has one of the former, the epilogue one of the latter.
+    bodies = 1 + shape.loops(config.block_kv)
+    count = bodies * (shape.head_dim + config.block_kv) // 16
+    name = f"gqa_attention/forward/{shape.label}"
+    return Case(name, build, shape.flops(2), shape.forward_bytes(), (count,))
 
 
-DIRECTIONS = {"forward": _forward}
+def _backward(shape: AttentionShape) -> Case:
+    config = mosaic_gpu_tuning.backward_config(head_dim=shape.head_dim)
+
+    def build() -> Program:
+        arrays = shape.arrays()
+        struct, rows = jax.ShapeDtypeStruct, (shape.batch, shape.length, shape.heads)
+        out = struct((*rows, shape.head_dim), shape.dtype)
+        arrays |= {"out": out, "lse": struct(rows, jnp.float32), "d_out": out}
+
+        def attention_backward(*values):
+            given = dict(zip(arrays, values, strict=True))
+            ids = given.pop("segment_ids", None)
+            options = shape.options() | {"config": config}
+            if shape.sinks:
+                options["sinks"] = jnp.zeros((shape.heads,), jnp.float32)
+            if shape.fused:
+                return mosaic_gpu_bwd.backward_qkv(*given.values(), segment_ids=ids, **options)
+            return mosaic_gpu_bwd.backward(
+                *given.values(), query_segment_ids=ids, kv_segment_ids=ids, **options
+            )
+
+        return attention_backward, tuple(arrays.values())
+
+    dim, loops = shape.head_dim, shape.loops(config.block_kv)
+    masked = 2 if shape.is_causal or shape.segments else 1
+    # dk_dv: two products that contract head_dim, two that contract queries; at 256 the half that makes dk has one loop.
+    one = (dim + config.block_q) // 16
+    dk_dv = (masked + 1) * one if dim > 128 else 2 * masked * one
+    dq = loops * (2 * dim + config.block_kv) // 16
+    name = f"gqa_attention/backward/{shape.label}"
+    return Case(name, build, shape.flops(5), shape.backward_bytes(), (dk_dv, dq))
+
+
+DIRECTIONS = {"forward": _forward, "backward": _backward}
 
 
 def cases() -> list[Case]:

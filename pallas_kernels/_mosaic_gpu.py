@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -67,6 +68,16 @@ def tile(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype))
 
 
+class Scratch:
+    """Scratch references by name."""
+
+    def __init__(self, references: dict[str, Any]):
+        self.__dict__.update(references)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+
 def accumulator(rows: int, columns: int) -> Any:
     """A float32 accumulator of wgmma, for `pl.run_scoped`."""
     return plgpu.ACC((rows, columns), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
@@ -76,6 +87,12 @@ def added(product: Callable[[Any], Any], value: Any) -> Any:
     """`value` plus what `product(accumulator)` adds to it, waited for."""
     start = plgpu.ACC.init(value)  # pyright: ignore[reportPrivateImportUsage]
     return pl.run_state(product)(start)
+
+
+def opaque(*indices):
+    """Indices that the compiler may not trace: else it keeps the descriptors of every operand that stays the same
+    throughout a loop in registers, and spills them."""
+    return lax.optimization_barrier(indices)
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -60,6 +60,8 @@ class Report:
       kernels: its Mosaic GPU kernels.
       argument_bytes, output_bytes, aliased_bytes, temporary_bytes: device memory, per device.
       collectives: kind -> (how many, bytes of their results per device).
+      flops, hbm_bytes: floors of a registered case, per device: operations of its matrix products, bytes it must move.
+      tensor_instructions: of a registered case, the wgmma instructions each kernel must hold, derived on paper.
     """
 
     name: str
@@ -72,6 +74,9 @@ class Report:
     aliased_bytes: int
     temporary_bytes: int
     collectives: Mapping[str, tuple[int, int]]
+    flops: float = 0.0
+    hbm_bytes: float = 0.0
+    tensor_instructions: tuple[int, ...] = ()
 
 
 def unavailable_reason() -> str | None:
@@ -230,22 +235,30 @@ def compile_case(case: _aot_cases.Case, *, target: str = "h200", devices: int = 
         function = jax.shard_map(
             function, mesh=mesh, in_specs=batched, out_specs=batched, check_vma=False
         )
-    return compile_program(function, *arguments, mesh=mesh, name=case.name)
+    report = compile_program(function, *arguments, mesh=mesh, name=case.name)
+    return dataclasses.replace(
+        report,
+        flops=case.flops,
+        hbm_bytes=case.hbm_bytes,
+        tensor_instructions=case.tensor_instructions,
+    )
 
 
 def table(reports: list[Report]) -> str:
     """A Markdown table, one row per kernel; programs without a Mosaic kernel have one row of their own."""
     header = (
-        "case", "kernel", "registers", "spilled bytes", "stack", "shared KiB", "barriers", "HGMMA", "slow paths",
-        "compile s", "temporary MiB", "collectives",
+        "case", "kernel", "registers", "spilled bytes", "stack", "shared KiB", "barriers", "HGMMA (on paper)",
+        "slow paths", "GFLOP", "HBM MB", "temporary MiB", "collectives",
     )  # fmt: skip
     rows = [header, tuple("---" for _ in header)]
     for report in reports:
         about = (
-            f"{report.seconds:.1f}",
+            f"{report.flops / 1e9:.1f}" if report.flops else "",
+            f"{report.hbm_bytes / 1e6:.1f}" if report.hbm_bytes else "",
             f"{report.temporary_bytes / 2**20:.1f}",
             ", ".join(f"{n} {kind}" for kind, (n, _) in report.collectives.items()) or "none",
         )
+        derived = iter(report.tensor_instructions)
         for kernel in report.kernels:
             rows.append(
                 (
@@ -256,7 +269,7 @@ def table(reports: list[Report]) -> str:
                     str(kernel.stack_bytes),
                     f"{kernel.shared_bytes / 1024:.1f}",
                     str(kernel.barriers),
-                    str(kernel.instructions.get("HGMMA", 0)),
+                    f"{kernel.instructions.get('HGMMA', 0)} ({next(derived, '?')})",
                     ", ".join(kernel.slow_paths) or "none",
                     *about,
                 )

@@ -78,7 +78,10 @@ SIBLINGS = {  # inside one operator: file -> siblings it may import
 }
 LINES = {"mosaic_gpu_fwd": 600, "mosaic_gpu_bwd": 700}
 # path -> budget; each has its reason in docs/DESIGN.md, "Budgets exceeded".
-OVER_BUDGET: dict[str, int] = {"pallas_kernels/attention/api.py": 480}
+OVER_BUDGET: dict[str, int] = {
+    "pallas_kernels/attention/api.py": 480,
+    "pallas_kernels/attention/mosaic_gpu_bwd.py": 750,
+}
 AXIS_POLICY = ("gqa_jax/sharding.py", "gqa_jax/context_parallel/")
 
 FILES = sorted(path for room in MAY_NAME for path in (ROOT / room).rglob("*.py"))

@@ -145,7 +145,7 @@ def locate(shapes: Shapes, inputs: Inputs) -> Block:
     offset = inputs.offsets[batch] if shapes.mask.offset is None else shapes.mask.offset
     bounds = None
     if shapes.mask.segments:
-        bounds = (inputs.bounds[batch, tile, 0], inputs.bounds[batch, tile, 1])
+        bounds = tuple(inputs.bounds[batch, tile, i] for i in range(4))
     tiles = masks.key_tiles(
         shapes.mask, first, 2 * shapes.tokens, offset, shapes.config.block_kv, bounds
     )
@@ -154,7 +154,8 @@ def locate(shapes: Shapes, inputs: Inputs) -> Block:
 
 def at_step(shapes: Shapes, block: Block, step):
     """The key tile of a step; both compute warpgroups and the memory warpgroup walk the same order."""
-    return masks.walk(block.tiles, step, both_ends=shapes.mask.sliding_window is not None)
+    both_ends = shapes.mask.sliding_window is not None or shapes.mask.segments
+    return masks.walk(block.tiles, step, both_ends=both_ends)
 
 
 def head_box(shapes: Shapes, query, block: Block, rows, index: int):
@@ -463,7 +464,7 @@ def _call(shapes: Shapes, arrays, offset, query_ids, key_ids, sinks) -> tuple[An
         extra = dict(zip(optional, refs[len(arrays) :], strict=True))
         names = ("offsets", "query_ids", "key_ids", "bounds", "sinks")
         inputs = Inputs(*matrices, **{name: extra.get(name) for name in names})
-        s = _Scratch(scratch)
+        s = _mosaic_gpu.Scratch(scratch)
         block, wg = locate(shapes, inputs), lax.axis_index("warpgroup")
         pl.when(wg < 2)(lambda: compute_role(shapes, inputs, out, lse, s, block, wg))
         pl.when(wg == 2)(lambda: memory_role(shapes, inputs, s, block))
@@ -489,13 +490,3 @@ def _call(shapes: Shapes, arrays, offset, query_ids, key_ids, sinks) -> tuple[An
         **_mosaic_gpu.kernel_options(),
     )(*arrays, *optional.values())
     return out[:, : mask.q_len], jnp.swapaxes(lse[:, :, : mask.q_len], 1, 2)
-
-
-class _Scratch:
-    """Scratch references by name."""
-
-    def __init__(self, references: dict[str, Any]):
-        self.__dict__.update(references)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name)

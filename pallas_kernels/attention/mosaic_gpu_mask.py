@@ -6,7 +6,7 @@ of tiles, of which an inner range needs no mask:
 
     [low, clean_low)  masked      [clean_low, clean_high)  clean      [clean_high, high)  masked
 
-With segments the range comes from tables made of the smallest and largest id of every tile, and nothing is clean.
+With segments the range comes from tables made of the smallest and largest id of every tile.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ def key_tiles(mask: Mask, first, rows: int, offset, block_kv: int, bounds=None) 
     Args:
       first: first query token, a traced scalar.
       offset: position of query token 0.
-      bounds: (low, high) from `segment_bounds`, with segments.
+      bounds: a row of `segment_bounds`, with segments.
     """
     count = -(-mask.kv_len // block_kv)
     position = first + offset
@@ -105,7 +105,7 @@ def key_tiles(mask: Mask, first, rows: int, offset, block_kv: int, bounds=None) 
         clean_low = _ceil(position + rows - mask.sliding_window, block_kv)
     if bounds is not None:
         low, high = _larger(low, bounds[0]), _smaller(high, bounds[1])
-        clean_high = clean_low = 0
+        clean_low, clean_high = _larger(clean_low, bounds[2]), _smaller(clean_high, bounds[3])
     return _ordered(low, clean_low, clean_high, high, count)
 
 
@@ -123,7 +123,7 @@ def query_tiles(mask: Mask, first, rows: int, offset, block_q: int, bounds=None)
         clean_high = _floor(token + mask.sliding_window, block_q)
     if bounds is not None:
         low, high = _larger(low, bounds[0]), _smaller(high, bounds[1])
-        clean_high = clean_low = 0
+        clean_low, clean_high = _larger(clean_low, bounds[2]), _smaller(clean_high, bounds[3])
     return _ordered(low, clean_low, clean_high, high, count)
 
 
@@ -148,9 +148,8 @@ def masked_steps(tiles: Tiles):
 
 def visible(mask: Mask, queries, keys, offset, query_ids=None, key_ids=None):
     """Boolean tile of which key each query sees; `queries` and `keys` are int32 tiles of token indices."""
-    shown = keys < mask.kv_len
-    if mask.segments:
-        shown = query_ids == key_ids
+    # The ids of keys that do not exist match none.
+    shown = query_ids == key_ids if mask.segments else keys < mask.kv_len
     if mask.is_causal:
         shown &= keys <= queries + offset
     if mask.sliding_window is not None:
@@ -177,8 +176,9 @@ def segment_bounds(of: jax.Array, rows: int, over: jax.Array, block: int) -> jax
       of, over: `[B, n * rows]` and `[B, m * block]` from `padded_ids`.
 
     Returns:
-      `[B, n, 2]` int32: first tile and one past the last. Tiles whose ranges of ids do not meet are left out at both
-      ends, which for packed sequences is everything outside the tile's own documents. (0, 0) where nothing meets.
+      `[B, n, 4]` int32: first tile and one past the last (tiles whose ranges of ids do not meet are left out at both
+      ends, which for packed sequences is everything outside the tile's own documents; 0, 0 where nothing meets), and
+      the first run of tiles that hold one id only, the same as all of this tile's.
     """
     batch = of.shape[0]
     huge = jnp.iinfo(jnp.int32).max
@@ -186,11 +186,18 @@ def segment_bounds(of: jax.Array, rows: int, over: jax.Array, block: int) -> jax
     def extent(ids, width):
         ids = ids.reshape(batch, -1, width)
         smallest = jnp.where(ids < 0, huge, ids).min(-1)
-        return smallest, jnp.where(ids < 0, -1, ids).max(-1)
+        largest = jnp.where(ids < 0, -1, ids).max(-1)
+        return smallest, largest, (ids == ids[:, :, :1]).all(-1) & (largest >= 0)
 
-    (left, right), (start, stop) = extent(of, rows), extent(over, block)
-    meets = (left[:, :, None] <= stop[:, None]) & (start[:, None] <= right[:, :, None])
-    index = jnp.arange(meets.shape[-1], dtype=jnp.int32)
+    left, right, alone = (x[:, :, None] for x in extent(of, rows))
+    start, stop, pure = (x[:, None] for x in extent(over, block))
+    meets = (left <= stop) & (start <= right)
+    clean = alone & pure & (left == start)
+    index = lax.broadcasted_iota(jnp.int32, meets.shape, 2)
+    count = jnp.int32(meets.shape[2])
     high = jnp.where(meets, index + 1, 0).max(-1)
     low = jnp.where(meets, index, high[..., None]).min(-1)
-    return jnp.stack([low, high], -1)
+    clean_low = jnp.where(clean, index, count).min(-1)
+    ends = ~clean & (index > clean_low[..., None])
+    clean_high = jnp.where(ends, index, count).min(-1)
+    return jnp.stack([low, high, clean_low, clean_high], -1)

@@ -48,7 +48,7 @@ class BackwardConfig:
       block_q: query rows per step of the dk/dv kernel.
       stages: query and output-gradient tiles in flight in the dk/dv kernel.
       block_kv: keys per step of the dq kernel.
-      kv_stages: key and value tiles in flight in the dq kernel.
+      kv_stages, value_stages: key and value tiles in flight in the dq kernel.
       compute_registers, memory_registers: per thread, after `setmaxnreg`.
     """
 
@@ -56,6 +56,7 @@ class BackwardConfig:
     stages: int = 2
     block_kv: int = 64
     kv_stages: int = 2
+    value_stages: int = 2
     compute_registers: int = 240
     memory_registers: int = 24
 
@@ -82,8 +83,9 @@ def forward_config(
 
 def backward_config(*, head_dim: int) -> BackwardConfig:
     """The configuration used when none is given."""
-    del head_dim
-    return BackwardConfig()
+    # At 256 the 128 queries and output gradients of a block leave room for three tiles: values, needed for the shorter
+    # time, get one.
+    return BackwardConfig(value_stages=1 if head_dim == 256 else 2)
 
 
 def forward_candidates(*, head_dim: int, group: int) -> list[ForwardConfig]:

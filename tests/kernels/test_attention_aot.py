@@ -1,0 +1,139 @@
+"""The attention kernels as machine code for Hopper, compiled without a GPU."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels import _aot_cases, _sass, aot
+from tests.support.aot import assert_fast, require
+
+CASES = {case.name: case for case in _aot_cases.cases()}
+# What the registered cases leave out: masks and features together, and lengths that are no multiple of a tile.
+HARD = [
+    _aot_cases.AttentionShape("everything", segments=True, sliding_window=512, soft_cap=20.0, sinks=True),
+    _aot_cases.AttentionShape(
+        "everything-d256", heads=16, kv_heads=2, head_dim=256, segments=True, sliding_window=512,
+        soft_cap=20.0, sinks=True, dtype=jnp.float16,
+    ),
+    _aot_cases.AttentionShape("ragged", batch=3, length=1037, heads=6, kv_heads=2, head_dim=96),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_registered_cases_use_the_tensor_cores_and_spill_nothing(name):
+    require()
+    report = aot.compile_case(CASES[name])
+    assert_fast(report)
+    assert not report.collectives
+    # The operator copies neither keys nor queries: beside its outputs it needs statistics only.
+    assert report.temporary_bytes <= 0.05 * report.hbm_bytes + 2**20
+
+
+@pytest.mark.parametrize("shape", HARD, ids=lambda shape: shape.label)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_features_together_spill_nothing(shape, direction):
+    require()
+    report = aot.compile_case(_aot_cases.DIRECTIONS[direction](shape))
+    assert_fast(report)
+
+
+@pytest.mark.parametrize(
+    "label, dim, block", [("causal", 128, 128), ("d64", 64, 128), ("d256", 256, 64)]
+)
+def test_softmax_runs_behind_the_tensor_cores(label, dim, block):
+    """In every loop body the weighted sum of the last tile is issued before the softmax of this one and waited for
+    after it."""
+    require()
+    (kernel,) = aot.compile_case(CASES[f"gqa_attention/forward/{label}"]).kernels
+    runs = [(op, len(list(group))) for op, group in itertools.groupby(kernel.sequence)]
+    both = (dim + block) // 16
+    bodies = [i for i, run in enumerate(runs) if run == ("HGMMA", both)]
+    assert len(bodies) == 2, runs
+    for start in bodies:
+        names = [op for op, _ in runs[start : start + 4]]
+        assert names == ["HGMMA", "WAIT<=1", "EX2", "WAIT<=0"], runs
+        assert runs[start + 2][1] >= block // 2, runs
+
+
+def test_eight_gpus_without_a_collective():
+    require()
+    report = aot.compile_case(CASES["gqa_attention/forward/short16"], target="h100", devices=8)
+    assert report.devices == 8
+    assert report.target == "NVIDIA H100 80GB HBM3"
+    assert not report.collectives
+    assert_fast(report)
+
+
+def test_collectives_and_memory_of_a_sharded_program():
+    require()
+    mesh = aot.topology("h200", devices=8)
+    rows = NamedSharding(mesh, PartitionSpec("device"))
+    x = jax.ShapeDtypeStruct((64, 1024), jnp.float32, sharding=rows)
+    report = aot.compile_program(lambda x: x.sum(0), x, mesh=mesh, name="sum")
+    assert report.collectives["all-reduce"] == (1, 4096)
+    assert report.argument_bytes == 8 * 4096
+    assert report.output_bytes == 4096
+
+
+def test_aliasing_of_a_donated_argument():
+    require()
+    x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    report = aot.compile_program(lambda x: x + 1.0, x, target="b200", donate_argnums=0)
+    assert report.aliased_bytes == 4 * 256 * 256
+    assert "B200" in report.target
+
+
+def test_command_line(capsys, tmp_path):
+    require()
+    path = tmp_path / "facts.json"
+    shape = "--length 256 --heads 4 --kv-heads 2 --head-dim 64 --causal --direction forward"
+    aot.main(["--operator", "gqa_attention", *shape.split(), "--json", str(path)])
+    printed = capsys.readouterr().out
+    assert "| gqa_attention/forward/b1-t256-n4-k2-d64 | attention_forward |" in printed
+    (report,) = json.loads(path.read_text())["reports"]
+    assert report["kernels"][0]["spill_store_bytes"] == 0
+
+
+def test_list_needs_no_compiler(capsys):
+    aot.main(["--list"])
+    assert capsys.readouterr().out.split() == list(CASES)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"`target` must be one of b200, h100, h200, got 'a100'"):
+        aot.topology("a100")
+    with pytest.raises(ValueError, match=r"`devices` must be 1..8 or a multiple of 8, got 12"):
+        aot.topology("h200", devices=12)
+    with pytest.raises(SystemExit):
+        aot.main(["--case", "nothing"])
+
+
+PRINTED = """\
+Resources(smem_scratch_bytes=2048, barrier_counts=Counter({Barrier(arrival_count=1, num_barriers=2, orders_tensor_core=False): 3, Barrier(arrival_count=2, num_barriers=1, orders_tensor_core=False): 1}), scoped_gmem_semaphores={})
+ptxas info    : (C7513) Potential Performance Loss: wgmma.mma_async instructions are serialized
+ptxas info    : Compiling entry function 'one_mosaic_gpu_kernel' for 'sm_90a'
+ptxas info    : Function properties for one_mosaic_gpu_kernel
+    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
+//--------------------- .text.one_mosaic_gpu_kernel --------------------------
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/               @P0 STL [R1], R2 ;
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR36], RZ, !UPT ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0040*/              @!UP1 MUFU.EX2 R0, R1 ;
+"""  # noqa: E501
+
+
+def test_parsing_what_the_compiler_prints():
+    (kernel,) = _sass.parse(PRINTED)
+    assert kernel.name == "one_mosaic_gpu_kernel"
+    assert (kernel.registers, kernel.stack_bytes) == (168, 8)
+    assert (kernel.spill_store_bytes, kernel.spill_load_bytes) == (12, 16)
+    assert (kernel.shared_bytes, kernel.barriers) == (2048, 7)
+    assert kernel.sequence == ("HGMMA", "WAIT<=1", "EX2")
+    assert kernel.instructions == {"LDC": 1, "STL": 1, "HGMMA": 1, "WARPGROUP": 1, "MUFU": 1}
+    assert set(kernel.slow_paths) == {"STL", "C7513"}
