@@ -13,6 +13,8 @@ from gqa_jax.config import Llama3Scaling as Llama3Scaling
 from gqa_jax.config import MoEConfig as MoEConfig
 from gqa_jax.config import RopeConfig as RopeConfig
 from gqa_jax.config import YarnScaling as YarnScaling
+from gqa_jax.cross_attention import CrossAttention as CrossAttention
+from gqa_jax.cross_attention import ProjectedMemory as ProjectedMemory
 from gqa_jax.decoder import Decoder as Decoder
 from gqa_jax.gated_deltanet import GatedDeltaNet as GatedDeltaNet
 from gqa_jax.generate import generate as generate

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from gqa_jax.cache import GatedDeltaNetState, check_step
@@ -194,7 +195,7 @@ class GatedDeltaNet(nnx.Module):
         batch, length = x.shape[:2]
         key_dim, value_dim = config.key_head_dim, config.value_head_dim
         values = config.v_per_key * value_dim
-        projected = self.in_proj(x)  # [B, T, Hk, q | k | v | z]
+        projected = checkpoint_name(self.in_proj(x), "qkv")  # [B, T, Hk, q | k | v | z]
         mixed, gate = projected[..., :-values], projected[..., -values:]
         mixed, conv = self.conv(mixed, initial_state=conv, segment_ids=segment_ids)
         query, key = mixed[..., :key_dim], mixed[..., key_dim : 2 * key_dim]
@@ -218,7 +219,8 @@ class GatedDeltaNet(nnx.Module):
                 use_qk_l2norm=True,
                 chunk_size=config.chunk_size,
             )
-        out = self.norm(result.out, gate.reshape(per_value_head))
+        out = checkpoint_name(result.out, "core_attention")
+        out = checkpoint_name(self.norm(out, gate.reshape(per_value_head)), "norm_out")
         out = out.reshape(batch, length, config.num_key_heads, config.v_per_key, value_dim)
         return self.out(out), conv, result.final_state
 

@@ -29,3 +29,107 @@ def positions_in_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     )
     first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
     return index - first
+
+
+def document_segment_ids(document_lengths: Int[Array, "B J"], max_length: int) -> Int[Array, "B T"]:
+    """Segment ids of packed rows: 0, 1, ... per document, -1 behind the last.
+
+    Args:
+      document_lengths: `[B, J]`, lengths of each row's documents in order; zeros are documents of no tokens.
+      max_length: T.
+
+    Example:
+      >>> document_segment_ids(jnp.asarray([[2, 3, 0]]), 6)
+      Array([[ 0,  0,  1,  1,  1, -1]], dtype=int32)
+    """
+    ends = jnp.cumsum(document_lengths.astype(jnp.int32), axis=1)
+    index = jnp.arange(max_length, dtype=jnp.int32)
+    before = (index[None, :, None] >= ends[:, None, :]).sum(axis=-1, dtype=jnp.int32)
+    return jnp.where(index[None, :] < ends[:, -1:], before, PADDING)
+
+
+def cu_seqlens_segment_ids(cu_seqlens: Int[Array, "J"], total: int) -> Int[Array, "1 T"]:
+    """Segment ids of one packed row whose documents start and end at `cu_seqlens` (`[0, l0, l0 + l1, ...]`).
+
+    Example:
+      >>> cu_seqlens_segment_ids(jnp.asarray([0, 2, 5]), 6)
+      Array([[ 0,  0,  1,  1,  1, -1]], dtype=int32)
+    """
+    return document_segment_ids((cu_seqlens[1:] - cu_seqlens[:-1])[None], total)
+
+
+def attention_mask(
+    query_len: int,
+    kv_len: int | None = None,
+    *,
+    is_causal: bool = False,
+    sliding_window: int | None = None,
+    prefix_length: int = 0,
+    query_segment_ids: Int[Array, "B T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    query_positions: Int[Array, "B T"] | None = None,
+    kv_positions: Int[Array, "B S"] | None = None,
+) -> Bool[Array, "B 1 T S"]:
+    """Who sees whom, as a picture: True where the query (row) may attend to the key (column).
+
+    The operators need no such array: hand them the same arguments instead, and they compute in O(T) memory. Only
+    `prefix_length` has no argument there; pass the mask itself.
+
+    Args:
+      query_len, kv_len: T and S; None means S = T.
+      is_causal: keys at later positions are hidden.
+      sliding_window: exactly this many keys are visible, self included.
+      prefix_length: keys among the first so many are visible to all, later or not (prefix language model).
+      query_segment_ids, kv_segment_ids: `[B, T]` and `[B, S]`; tokens see within equal ids; negative ids are padding.
+        The second defaults to the first.
+      query_positions, kv_positions: `[B, T]` and `[B, S]`; None means the index.
+
+    Returns:
+      `[B, 1, T, S]`, B = 1 without segment ids or positions. Masks combine with `&` and `|`.
+
+    Raises:
+      ValueError: a window without causality, or ids and positions of the keys missing where S differs from T.
+
+    Example:
+      >>> attention_mask(3, is_causal=True, sliding_window=2)[0, 0].astype(int)
+      Array([[1, 0, 0],
+             [1, 1, 0],
+             [0, 1, 1]], dtype=int32)
+    """
+    kv_len = query_len if kv_len is None else kv_len
+    if sliding_window is not None and (sliding_window < 1 or not is_causal):
+        raise ValueError(
+            "`sliding_window` must be a positive number of keys (self included) and needs `is_causal=True`, "
+            f"got sliding_window={sliding_window}, is_causal={is_causal}"
+        )
+    kv_segment_ids = query_segment_ids if kv_segment_ids is None else kv_segment_ids
+    kv_positions = query_positions if kv_positions is None else kv_positions
+    index = lambda length: jnp.arange(length, dtype=jnp.int32)[None, :]
+    of_queries = index(query_len) if query_positions is None else query_positions
+    of_keys = index(kv_len) if kv_positions is None else kv_positions
+    for name, array, length in (
+        ("query_segment_ids", query_segment_ids, query_len),
+        ("kv_segment_ids", kv_segment_ids, kv_len),
+        ("query_positions", of_queries, query_len),
+        ("kv_positions", of_keys, kv_len),
+    ):
+        if array is not None and (array.ndim != 2 or array.shape[1] != length):
+            raise ValueError(f"`{name}` must have shape [B, {length}], got {array.shape}")
+    distance = of_queries[:, :, None] - of_keys[:, None, :]
+    visible = distance >= 0 if is_causal else jnp.ones_like(distance, bool)
+    if sliding_window is not None:
+        visible = visible & (distance < sliding_window)
+    if prefix_length:
+        visible = visible | (of_keys < prefix_length)[:, None, :]
+    if query_segment_ids is not None and kv_segment_ids is not None:
+        same = query_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
+        visible = visible & same & (query_segment_ids >= 0)[:, :, None]
+    return visible[:, None]
+
+
+def block_causal_mask(
+    document_lengths: Int[Array, "B J"], max_length: int
+) -> Bool[Array, "B 1 T T"]:
+    """The causal mask within each document of packed rows; as a picture, see `attention_mask`."""
+    ids = document_segment_ids(document_lengths, max_length)
+    return attention_mask(max_length, is_causal=True, query_segment_ids=ids)

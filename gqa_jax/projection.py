@@ -27,7 +27,7 @@ class Projection(nnx.Module):
         dtype=None,
         param_dtype=jnp.float32,
     ):
-        self.num_in = len(in_shape)
+        self.num_in, self.num_out = len(in_shape), len(out_shape)
         self.dtype = dtype
         deviation = math.prod(in_shape) ** -0.5
         kernel = jax.random.truncated_normal(

@@ -190,13 +190,15 @@ def clip_layer(
 
     Raises:
       ValueError: besides those of `clip_qkv`: queries and keys are normalised, so that scaling their weights would
-        change nothing; or masters that are not parameters of the projection.
+        change nothing; it carries a LoRA adapter; or masters that are not parameters of the projection.
     """
     if layer.q_norm is not None:
         raise ValueError(
             "`layer` must not normalise queries and keys, got qk_norm="
             f"{layer.config.qk_norm!r}: a norm undoes any scaling of the projection"
         )
+    if hasattr(layer.qkv, "lora_b"):
+        raise ValueError("`layer.qkv` must not carry a LoRA adapter: merge it first")
     parameters = {"kernel": layer.qkv.kernel}
     if layer.qkv.bias is not None:
         parameters["bias"] = layer.qkv.bias

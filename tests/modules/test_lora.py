@@ -1,0 +1,430 @@
+"""LoRA and DoRA on fused projections; PEFT's files, applied by hand to a Hugging Face model."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from gqa_jax import (
+    MLP,
+    AttentionConfig,
+    Decoder,
+    DecoderConfig,
+    GatedDeltaNetConfig,
+    SelfAttention,
+    lora,
+    lora_peft,
+    qk_clip,
+)
+from tests.support.compare import assert_bitwise_equal, assert_close
+
+BASE = AttentionConfig(model_dim=24, num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True)
+PLAIN, DORA = lora.LoRAConfig(rank=3, alpha=6.0), lora.LoRAConfig(rank=3, alpha=6.0, use_dora=True)
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def randomise(model, seed=0, scale=0.2):
+    """Every adapter trained for a while: nothing at its initial value."""
+    rng = np.random.default_rng(seed)
+    for _, leaf in nnx.iter_graph(model):
+        if isinstance(leaf, nnx.LoRAParam):
+            leaf[...] = leaf[...] + jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype)
+    return model
+
+
+def adapted(config=PLAIN, attention=BASE, seed=0):
+    layer = SelfAttention(attention, rngs=nnx.Rngs(seed))
+    lora.apply(layer, config, rngs=nnx.Rngs(seed + 1))
+    return layer
+
+
+def explicit_kernel(projection):
+    """float64, output by output: s * A @ B added, with DoRA rescaled to the magnitude."""
+    get = lambda p: np.asarray(p[...], np.float64)
+    kernel, num_in = get(projection.kernel), projection.base.num_in
+    a, b = get(projection.lora_a), get(projection.lora_b)
+    flat = kernel.reshape(np.prod(kernel.shape[:num_in]), -1)
+    flat = flat + projection.scaling * a.reshape(flat.shape[0], -1) @ b.reshape(b.shape[0], -1)
+    if projection.magnitude is not None:
+        flat = flat / np.linalg.norm(flat, axis=0) * get(projection.magnitude).reshape(-1)
+    return flat.reshape(kernel.shape)
+
+
+@pytest.mark.parametrize("config", [PLAIN, DORA])
+def test_a_new_adapter_changes_nothing(config):
+    layer, x = adapted(config), draw(0, 2, 5, 24)
+    plain = SelfAttention(BASE, rngs=nnx.Rngs(0))
+    assert_close(layer(x), plain(x), atol=1e-5)
+    assert layer.qkv.lora_a.shape == (24, 3)
+    assert layer.qkv.lora_b.shape == (3, 2, 4, 8)
+    assert layer.out.lora_a.shape == (2, 2, 8, 3)
+    assert layer.out.lora_b.shape == (3, 24)
+    if config.use_dora:
+        norms = np.linalg.norm(np.asarray(plain.qkv.kernel[...]), axis=0)
+        assert_close(layer.qkv.magnitude[...], norms, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [PLAIN, DORA])
+@pytest.mark.parametrize("gate", [False, True])
+def test_forward_merge_and_unmerge(config, gate):
+    attention = BASE if not gate else AttentionConfig(
+        model_dim=24, num_heads=4, num_kv_heads=2, head_dim=8, output_gate=True
+    )  # fmt: skip
+    layer, x = randomise(adapted(config, attention)), draw(0, 2, 5, 24)
+    kernels = {name: explicit_kernel(getattr(layer, name)) for name in ("qkv", "out")}
+    plain = SelfAttention(attention, rngs=nnx.Rngs(0))
+    before = plain.qkv.kernel[...]
+    for name, kernel in kernels.items():
+        getattr(plain, name).kernel[...] = jnp.asarray(kernel, jnp.float32)
+    assert_close(layer(x), plain(x), atol=5e-5)
+    out = layer(x)
+    stepped, _ = layer.step(x, layer.init_cache(2, 5))
+    assert_close(stepped, out, atol=2e-5)
+    adapters = lora.merge(layer)
+    assert set(adapters) == {("qkv",), ("out",)}
+    assert type(layer.qkv) is type(plain.qkv)
+    assert_close(layer.qkv.kernel[...], kernels["qkv"], atol=1e-5)
+    assert_close(layer(x), out, atol=5e-5)
+    lora.unmerge(layer, adapters)
+    assert_close(layer.qkv.kernel[...], before, atol=2e-6)
+    assert_close(layer(x), out, atol=5e-5)
+    with pytest.raises(ValueError, match="`adapters` must belong to plain projections"):
+        lora.unmerge(layer, adapters)
+
+
+@pytest.mark.parametrize("config", [PLAIN, DORA])
+def test_only_adapters_train_and_dora_holds_its_norm_fixed(config):
+    layer, x = randomise(adapted(config)), draw(0, 2, 5, 24)
+    loss = lambda m: (m.qkv(x) ** 2).sum()
+    grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(layer)
+    leaves = {".".join(map(str, path)): np.asarray(v[...]) for path, v in nnx.to_flat_state(grads)}
+    assert all("lora" in name or "magnitude" in name for name in leaves)
+    get = lambda p: np.asarray(p[...], np.float64)
+    kernel, a, b = get(layer.qkv.kernel), get(layer.qkv.lora_a), get(layer.qkv.lora_b)
+    flat, b = kernel.reshape(24, -1), b.reshape(3, -1)
+    change = layer.qkv.scaling * a @ b
+    ratio = 1.0
+    if config.use_dora:
+        magnitude = np.asarray(layer.qkv.magnitude[...], np.float64).reshape(-1)
+        ratio = magnitude / np.linalg.norm(flat + change, axis=0)  # a constant for the gradient
+    rows = np.asarray(x, np.float64).reshape(-1, 24)
+    bias = np.asarray(layer.qkv.bias[...], np.float64).reshape(-1)
+    d_out = 2 * (ratio * (rows @ (flat + change)) + bias)
+    d_b = layer.qkv.scaling * (rows @ a).T @ (d_out * ratio)
+    assert_close(leaves["qkv.lora_b"].reshape(3, -1), d_b, atol=2e-3, rtol=1e-4)
+    d_a = layer.qkv.scaling * rows.T @ ((d_out * ratio) @ b.T)
+    assert_close(leaves["qkv.lora_a"], d_a, atol=2e-3, rtol=1e-4)
+
+
+def test_rank_stabilised_scaling_and_low_precision():
+    assert lora.LoRAConfig(rank=16, alpha=8.0).scaling == 0.5
+    assert lora.LoRAConfig(rank=16, alpha=8.0, use_rslora=True).scaling == 2.0
+    layer = SelfAttention(BASE, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    lora.apply(layer, DORA, rngs=nnx.Rngs(1))
+    assert layer.qkv.lora_a[...].dtype == jnp.float32
+    assert layer.qkv(draw(0, 2, 5, 24).astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    lora.merge(layer)
+    assert layer.qkv.kernel[...].dtype == jnp.bfloat16
+
+
+# Splitting and fusing: the reference system's shapes ------------------------------------------------------------
+
+
+def wide_layer(config):
+    attention = AttentionConfig(model_dim=256, num_heads=4, num_kv_heads=2, head_dim=64)
+    layer = SelfAttention(attention, rngs=nnx.Rngs(0))
+    lora.apply(layer, config, rngs=nnx.Rngs(1))
+    return randomise(layer)
+
+
+def test_split_shapes_of_a_fused_adapter():
+    layer = wide_layer(lora.LoRAConfig(rank=8, alpha=32.0, use_dora=True))
+    adapter = layer.qkv.adapter()
+    assert adapter.scaling == 4.0
+    parts = lora_peft.split(adapter, name="qkv", layer=layer)
+    assert {n: p.lora_B.shape for n, p in parts.items()} == {
+        "q_proj": (256, 8), "k_proj": (128, 8), "v_proj": (128, 8)
+    }  # fmt: skip
+    assert {n: p.magnitude.shape for n, p in parts.items()} == {
+        "q_proj": (256,), "k_proj": (128,), "v_proj": (128,)
+    }  # fmt: skip
+    for part in parts.values():
+        assert part.lora_A.shape == (8, 256)
+        assert_bitwise_equal(part.lora_A, parts["q_proj"].lora_A)
+    b = np.asarray(
+        adapter.b
+    )  # query head 3 is the second of group 1; keys are third, values fourth
+    assert_bitwise_equal(parts["q_proj"].lora_B[192:256], np.ascontiguousarray(b[:, 1, 1].T))
+    assert_bitwise_equal(parts["k_proj"].lora_B[64:], np.ascontiguousarray(b[:, 1, 2].T))
+    assert_bitwise_equal(parts["v_proj"].lora_B[:64], np.ascontiguousarray(b[:, 0, 3].T))
+    mlp = MLP(256, 512, rngs=nnx.Rngs(0))
+    lora.apply(mlp, lora.LoRAConfig(rank=8, alpha=8.0, targets=("gate_up",)), rngs=nnx.Rngs(1))
+    parts = lora_peft.split(randomise(mlp).gate_up.adapter(), name="gate_up", layer=mlp)
+    assert {n: p.lora_B.shape for n, p in parts.items()} == {
+        "gate_proj": (512, 8), "up_proj": (512, 8)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("config", [PLAIN, DORA])
+@pytest.mark.parametrize("name", ["qkv", "out"])
+def test_fuse_is_the_inverse_of_split(name, config, gate):
+    attention = AttentionConfig(
+        model_dim=24, num_heads=4, num_kv_heads=2, head_dim=8, output_gate=gate
+    )
+    layer = randomise(adapted(config, attention))
+    adapter = getattr(layer, name).adapter()
+    parts = lora_peft.split(adapter, name=name, layer=layer)
+    back = lora_peft.fuse(parts, name=name, layer=layer, scaling=adapter.scaling)
+    jax.tree.map(assert_bitwise_equal, back, adapter)
+    if gate and name == "qkv":  # Hugging Face's q_proj: [q | gate] per head
+        assert parts["q_proj"].lora_B.shape == (2 * 4 * 8, 3)
+        b = np.asarray(adapter.b)
+        assert_bitwise_equal(parts["q_proj"].lora_B[8:16], np.ascontiguousarray(b[:, 0, 2].T))
+
+
+def test_parts_with_different_a_raise_or_are_stacked_exactly():
+    layer = SelfAttention(BASE, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    array = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    parts = {
+        "q_proj": lora_peft.Part(array(3, 24), array(32, 3)),
+        "v_proj": lora_peft.Part(array(2, 24), array(16, 2)),
+    }
+    options = dict(name="qkv", layer=layer, scaling=2.0)
+    message = "`lora_A` must be the same for q_proj, v_proj to share one adapter"
+    with pytest.raises(ValueError, match=message):
+        lora_peft.fuse(parts, **options)
+    adapter = lora_peft.fuse(parts, **options, differing="stack")
+    assert adapter.rank == 5
+    change = np.asarray(lora.delta_kernel(adapter.a, adapter.b))
+    product = {n: (p.lora_B @ p.lora_A).T for n, p in parts.items()}
+    assert_close(change[:, :, :2].reshape(24, 32), product["q_proj"], atol=1e-5)
+    assert_close(change[:, :, 3].reshape(24, 16), product["v_proj"], atol=1e-5)
+    assert not change[:, :, 2].any()  # k_proj has no adapter
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(parts={}), "`parts` must hold some of"),
+        (dict(parts={"o_proj": None}), r"`parts` must hold some of .*, got \['o_proj'\]"),
+        (dict(differing="drop"), "`differing` must be 'raise' or 'stack', got 'drop'"),
+        (dict(name="down"), "`name` must be a projection with a counterpart in PEFT"),
+        (
+            dict(parts={"q_proj": lora_peft.Part(np.ones((3, 24)), np.ones((16, 3)))}),
+            r"`q_proj` must have lora_A \[r, 24\] and lora_B \[32, r\], got",
+        ),
+        (
+            dict(parts={
+                "q_proj": lora_peft.Part(np.ones((3, 24)), np.ones((32, 3)), np.ones(32)),
+                "k_proj": lora_peft.Part(np.ones((3, 24)), np.ones((16, 3))),
+            }),
+            "`magnitude` must be given for all parts or for none",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_parts(change, message):
+    layer = SelfAttention(BASE, rngs=nnx.Rngs(0))
+    options = dict(name="qkv", layer=layer, scaling=1.0)
+    options["parts"] = {"q_proj": lora_peft.Part(np.ones((3, 24)), np.ones((32, 3)))}
+    options |= change
+    with pytest.raises(ValueError, match=message):
+        lora_peft.fuse(options.pop("parts"), **options)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: lora.LoRAConfig(rank=0, alpha=1.0), "`rank` must be a positive int, got 0"),
+        (lambda: lora.LoRAConfig(rank=1, alpha=0.0), "`alpha` must be positive, got 0.0"),
+        (lambda: lora.LoRAConfig(rank=1, alpha=1.0, targets=("q_proj",)), "`targets` must be names out of"),
+        (lambda: lora.apply(adapted(), PLAIN, rngs=nnx.Rngs(0)), "`model` must carry no adapters on its targets"),
+        (lambda: lora.apply(MLP(4, 4, rngs=nnx.Rngs(0)), PLAIN, rngs=nnx.Rngs(0)), "`targets` must name projections"),
+        (lambda: lora.merge(SelfAttention(BASE, rngs=nnx.Rngs(0))), "`model` must carry adapters, got none"),
+        (lambda: qk_clip.clip_layer(adapted(), jnp.ones((2, 2))), "`layer.qkv` must not carry a LoRA adapter"),
+    ],
+)  # fmt: skip
+def test_bad_calls(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+DECODER = DecoderConfig(
+    vocab_size=32, model_dim=24, layers=("full_attention", "linear_attention"), intermediate_size=16,
+    attention=AttentionConfig(model_dim=24, num_heads=4, num_kv_heads=2, head_dim=8),
+    gated_deltanet=GatedDeltaNetConfig(
+        model_dim=24, num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=4
+    ),
+)  # fmt: skip
+EVERYTHING = ("qkv", "out", "gate_up", "down")
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_files_hold_exactly_what_peft_writes_and_come_back(use_dora, tmp_path):
+    model = Decoder(DECODER, rngs=nnx.Rngs(0))
+    config = lora.LoRAConfig(rank=3, alpha=6.0, targets=EVERYTHING, use_dora=use_dora)
+    paths = lora.apply(model, config, rngs=nnx.Rngs(1))
+    randomise(model)
+    lora_peft.save(model, tmp_path, base_model="tiny")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    out_of = {
+        "layers.0.self_attn.q_proj": (24, 32), "layers.0.self_attn.k_proj": (24, 16),
+        "layers.0.self_attn.v_proj": (24, 16), "layers.0.self_attn.o_proj": (32, 24),
+        "layers.1.linear_attn.out_proj": (16, 24),
+    }  # fmt: skip
+    for i in range(2):
+        sizes = {"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)}
+        out_of |= {f"layers.{i}.mlp.{name}": size for name, size in sizes.items()}
+    expected = {}
+    for module, (size_in, size_out) in out_of.items():
+        expected[f"base_model.model.model.{module}.lora_A.weight"] = (3, size_in)
+        expected[f"base_model.model.model.{module}.lora_B.weight"] = (size_out, 3)
+        if use_dora:
+            expected[f"base_model.model.model.{module}.lora_magnitude_vector"] = (size_out,)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == expected
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["peft_type"] == "LORA"
+    assert (written["r"], written["lora_alpha"], written["use_dora"]) == (3, 6, use_dora)
+    assert written["base_model_name_or_path"] == "tiny"
+    assert written["rank_pattern"] == written["alpha_pattern"] == {}
+    assert written["target_modules"] == sorted({name.rsplit(".", 1)[1] for name in out_of})
+
+    fresh, tokens = Decoder(DECODER, rngs=nnx.Rngs(0)), jnp.arange(7)[None]
+    assert set(lora_peft.load(fresh, tmp_path)) == set(paths)
+    assert_bitwise_equal(fresh(tokens), model(tokens))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_applied_by_hand_to_a_hugging_face_llama(use_dora, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from gqa_jax import checkpoint
+
+    torch.manual_seed(0)
+    peer = LlamaForCausalLM(LlamaConfig(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=40, max_position_embeddings=32, tie_word_embeddings=False,
+    )).eval()  # fmt: skip
+    peer.save_pretrained(tmp_path / "base")
+    model = checkpoint.load_hf(tmp_path / "base", dtype=jnp.float32)
+    config = lora.LoRAConfig(rank=3, alpha=6.0, targets=EVERYTHING, use_dora=use_dora)
+    lora.apply(model, config, rngs=nnx.Rngs(1))
+    randomise(model)
+    lora_peft.save(model, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    tokens = np.random.default_rng(0).integers(0, 40, (2, 9))
+    modules = dict(peer.named_modules())
+    with torch.no_grad():
+        base = peer(torch.tensor(tokens)).logits.numpy()
+        for key in [key for key in tensors if key.endswith("lora_A.weight")]:
+            stem = key.removesuffix(".lora_A.weight")
+            linear = modules[stem.removeprefix("base_model.model.")]
+            change = 2.0 * torch.tensor(tensors[f"{stem}.lora_B.weight"] @ tensors[key])
+            linear.weight += change
+            if use_dora:
+                magnitude = torch.tensor(tensors[f"{stem}.lora_magnitude_vector"])
+                linear.weight *= (magnitude / linear.weight.norm(dim=1))[:, None]
+        expected = peer(torch.tensor(tokens)).logits.numpy()
+    assert np.abs(expected - base).max() > 0.05
+    assert_close(model(jnp.asarray(tokens)), expected, atol=2e-4)
+    lora.merge(model)
+    assert_close(model(jnp.asarray(tokens)), expected, atol=2e-4)
+
+
+def write_peft(path, tensors, **config):
+    named = {f"base_model.model.model.layers.0.{name}": v for name, v in tensors.items()}
+    save_file(named, path / "adapter_model.safetensors")
+    base = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps(base | config))
+
+
+def q_and_v(seed=0):
+    """What PEFT trains by default: q_proj and v_proj, each with its own A."""
+    rng = np.random.default_rng(seed)
+    shapes = {"q_proj": (24, 32), "v_proj": (24, 16)}
+    tensors = {}
+    for name, (size_in, size_out) in shapes.items():
+        tensors[f"self_attn.{name}.lora_A.weight"] = rng.normal(size=(2, size_in)).astype("float32")
+        tensors[f"self_attn.{name}.lora_B.weight"] = rng.normal(size=(size_out, 2)).astype("float32")  # fmt: skip
+    return tensors
+
+
+def test_an_adapter_trained_on_separate_projections_loads_by_stacking(tmp_path):
+    tensors = q_and_v()
+    write_peft(tmp_path, tensors)
+    model = Decoder(DECODER, rngs=nnx.Rngs(0))
+    before = np.asarray(model.layers[0].mixer.qkv.kernel[...])
+    with pytest.raises(ValueError, match="`lora_A` must be the same for q_proj, v_proj"):
+        lora_peft.load(model, tmp_path)
+    assert lora_peft.load(model, tmp_path, differing="stack") == (("layers", 0, "mixer", "qkv"),)
+    lora_peft.save(model, tmp_path / "again")
+    lora.merge(model)
+    change = np.asarray(model.layers[0].mixer.qkv.kernel[...]) - before
+    product = lambda n: (
+        2.0 * (tensors[f"self_attn.{n}.lora_B.weight"] @ tensors[f"self_attn.{n}.lora_A.weight"])
+    )
+    assert_close(change[:, :, :2].reshape(24, 32).T, product("q_proj"), atol=1e-5)
+    assert_close(change[:, :, 3].reshape(24, 16).T, product("v_proj"), atol=1e-5)
+    assert not change[:, :, 2].any()
+    fresh = Decoder(DECODER, rngs=nnx.Rngs(0))
+    lora_peft.load(fresh, tmp_path / "again")
+    lora.merge(fresh)
+    assert_close(fresh.layers[0].mixer.qkv.kernel[...] - before, change, atol=1e-6)
+
+
+def test_patterns_and_rank_stabilised_scaling_are_heard(tmp_path):
+    tensors = {k: v for k, v in q_and_v().items() if "q_proj" in k}
+    for config, scaling in [
+        (dict(use_rslora=True), 4 / 2**0.5),
+        (dict(alpha_pattern={"self_attn.q_proj": 10}), 5.0),
+        (dict(alpha_pattern={"v_proj": 10}), 2.0),
+        (dict(r=9, rank_pattern={"q_proj": 2}), 2.0),
+    ]:
+        write_peft(tmp_path, tensors, **config)
+        model = Decoder(DECODER, rngs=nnx.Rngs(0))
+        lora_peft.load(model, tmp_path)
+        assert model.layers[0].mixer.qkv.scaling == pytest.approx(scaling)
+    write_peft(tmp_path, tensors, lora_dropout=0.1)
+    with pytest.warns(
+        UserWarning, match=r"`lora_dropout=0.1` of adapter_config.json has no counterpart"
+    ):
+        lora_peft.load(Decoder(DECODER, rngs=nnx.Rngs(0)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tensors, config, message",
+    [
+        ({}, dict(peft_type="IA3"), "`peft_type` of adapter_config.json must be 'LORA', got 'IA3'"),
+        ({}, dict(bias="all"), "`bias` of adapter_config.json must be 'none', got 'all'"),
+        ({}, dict(modules_to_save=["lm_head"]), "`modules_to_save` of adapter_config.json must be empty"),
+        ({"mlp.gate_proj.weight": np.ones(2, "f4")}, {}, "must hold LoRA tensors of linear layers, got"),
+        ({"mlp.gate_proj.lora_A.weight": np.ones((2, 24), "f4")}, {}, "must have lora_A and lora_B"),
+        (
+            {"mlp.w1.lora_A.weight": np.ones((2, 24), "f4"), "mlp.w1.lora_B.weight": np.ones((2, 2), "f4")},
+            {}, r"`model` must have a projection for each adapter, got \['model.layers.0.mlp.w1'\]",
+        ),
+    ],
+)  # fmt: skip
+def test_files_that_fit_nothing_are_refused(tensors, config, message, tmp_path):
+    write_peft(tmp_path, tensors or q_and_v(), **config)
+    with pytest.raises(ValueError, match=message):
+        lora_peft.load(Decoder(DECODER, rngs=nnx.Rngs(0)), tmp_path)
+
+
+def test_a_scanned_decoder_is_refused():
+    config = dataclasses.replace(DECODER, layers=("full_attention",) * 2, scan_layers=True)
+    with pytest.raises(ValueError, match="`model` must not stack its layers for a scan"):
+        lora.apply(Decoder(config, rngs=nnx.Rngs(0)), PLAIN, rngs=nnx.Rngs(0))
