@@ -1,6 +1,7 @@
 """Self-attention over one fused projection `[Q_g | K_g | V_g]` per key/value group."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,11 +157,9 @@ class SelfAttention(nnx.Module):
             raise ValueError(
                 f"`dropout_key` must be given when deterministic=False and dropout_rate={dropout_rate}"
             )
-        options = dict(
+        options: dict[str, Any] = dict(
             is_causal=config.is_causal,
             mask=mask,
-            query_segment_ids=segment_ids,
-            kv_segment_ids=segment_ids,
             dropout_rate=dropout_rate,
             dropout_key=dropout_key,
             **self._logit_options(),
@@ -171,10 +170,18 @@ class SelfAttention(nnx.Module):
                 positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
             query, key, value, gate = self.project(x, positions)
             self._record_max_logits(query, key, segment_ids, mask)
-            out = gqa_attention(query, key, value, **options)
+            out = gqa_attention(
+                query,
+                key,
+                value,
+                query_segment_ids=segment_ids,
+                kv_segment_ids=segment_ids,
+                **options,
+            )
         else:
             self._check_fused(positions)
-            out = gqa_attention_qkv(checkpoint_name(self.qkv(x), "qkv"), **options)
+            fused = checkpoint_name(self.qkv(x), "qkv")
+            out = gqa_attention_qkv(fused, segment_ids=segment_ids, **options)
         out = self._finish(out, gate)
         if segment_ids is not None:
             out = jnp.where((segment_ids < 0)[..., None], jnp.zeros((), out.dtype), out)

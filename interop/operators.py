@@ -4,7 +4,7 @@ Same names, layouts and options; tensors where arrays were. 64-bit integers (PyT
 offsets) are cast to 32 bits.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import torch
@@ -164,7 +164,7 @@ def _given(**options) -> dict:
 def _jax_attention(
     query, key, value, *, mask=None, bias=None, sinks=None, query_segment_ids=None, kv_segment_ids=None,
     query_positions=None, kv_positions=None, q_offsets=None, q_offset=None, dropout_seed=None, dropout_rate=0.0,
-    scale=None, is_causal=False, causal_alignment="upper_left", sliding_window=None, logits_soft_cap=None,
+    scale=None, is_causal=False, causal_alignment: Any = "upper_left", sliding_window=None, logits_soft_cap=None,
     implementation=None,
 ):  # fmt: skip
     return pallas_kernels.gqa_attention(
