@@ -38,14 +38,18 @@ def causal_conv1d(
       x: `[B, T, F]`, T >= 0.
       weight: `[W, F]`; `weight[W - 1]` multiplies the current token.
       bias: `[F]`.
-      activation: None or "silu", applied in float32.
+      activation: None or "silu", applied in float32 (float64 for float64), in which sums are held too.
       initial_state: `[B, W, F]`, the W inputs before `x`, oldest first (zeros if None). With `segment_ids` it
-        belongs to the segment of each row's first token.
-      segment_ids: `[B, T]`; a token reads only inputs of its own segment.
+        belongs to the segment of each row's first real token, and stands directly before it.
+      segment_ids: `[B, T]`; a token reads only inputs of its own segment. Negative ids are padding: output 0, never
+        read. Padding between two tokens of a segment takes its places in the window, as zeros. The final state is the
+        window that ends at the row's last real token; its taps that belong to other segments are 0.
       implementation: None or "reference" (XLA, any device, differentiable to any order, vmap, jit).
 
     Raises:
       TypeError, ValueError: naming the argument.
+
+    Source: the short convolution of Mamba (arXiv 2312.00752, section 3.4), as in Gated Delta Networks.
 
     Example:
       >>> import jax.numpy as jnp
@@ -92,10 +96,14 @@ def _check(x, weight, bias, activation, initial_state, segment_ids) -> None:
     _checks.check_float("x", x)
     _checks.check_float("weight", weight)
     _checks.check_one_of("activation", activation, (None, "silu"))
+    if sizes["W"] < 1:
+        raise ValueError("`weight` must have at least one tap, got W=0")
     if bias is not None:
         _checks.check_array("bias", bias, "F", sizes)
+        _checks.check_float("bias", bias)
     if initial_state is not None:
         _checks.check_array("initial_state", initial_state, "B W F", sizes)
+        _checks.check_float("initial_state", initial_state)
     if segment_ids is not None:
         _checks.check_array("segment_ids", segment_ids, "B T", sizes)
         _checks.check_integer("segment_ids", segment_ids)

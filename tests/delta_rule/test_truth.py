@@ -1,5 +1,6 @@
 """The chunk form and the recurrence against a float64 recurrence in NumPy: values, final states, every gradient."""
 
+import dataclasses
 import datetime
 
 import jax.numpy as jnp
@@ -75,6 +76,14 @@ def test_packed(packing, lanes):
 def test_a_segment_starts_at_every_position_of_a_chunk():
     ids = (np.arange(140)[None] >= 64 + np.arange(65)[:, None]).astype(np.int32)
     check_truth(delta_cases.random_case(3, 65, 140, 1, 1, 8, 8, segment_ids=ids), chunk_size=64)
+
+
+@pytest.mark.parametrize("packing", ["rows", "segment_ids", "cu_seqlens"])
+def test_a_decay_per_key_channel(packing):
+    case = packed_case(packing)
+    rng = np.random.default_rng(8)
+    g = -0.3 * rng.exponential(size=case.key.shape).astype(np.float32)
+    check_truth(dataclasses.replace(case, g=g.astype(np.float64)))
 
 
 def packed_case(packing: str) -> delta_cases.Case:
