@@ -15,26 +15,28 @@ pytest.importorskip("transformers")
 
 NEW = 40
 PROMPTS = (3, 9, 6)
+LENGTH = max(PROMPTS) + NEW  # of every batch, so that compilations are shared
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request, tmp_path_factory):
-    """A transformers model and our decoder of its checkpoint."""
+    """A transformers model, our decoder of its checkpoint, and the decoder's logits (one compilation per shape)."""
     folder = tmp_path_factory.mktemp(request.param)
     theirs = shared_model(request.param)
     theirs.save_pretrained(folder)
-    return theirs, checkpoint.load_hf(folder)
+    ours = checkpoint.load_hf(folder)
+    return theirs, ours, jax.jit(lambda tokens, segment_ids: ours(tokens, segment_ids=segment_ids))
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
 def test_logits(pair, padding):
-    theirs, ours = pair
+    theirs, _, logits_of = pair
     rng = np.random.default_rng(5)
-    tokens = rng.integers(0, 61, (3, 13))
+    tokens = rng.integers(0, 61, (3, LENGTH))
     mask = np.ones_like(tokens)
     if padding != "none":
-        for row, length in enumerate((13, 7, 2)):
-            mask[row, slice(length, None) if padding == "right" else slice(0, 13 - length)] = 0
+        for row, length in enumerate((LENGTH, 23, 2)):
+            mask[row, slice(length, None) if padding == "right" else slice(0, LENGTH - length)] = 0
     positions = np.maximum(np.cumsum(mask, 1) - 1, 0)
     with torch.no_grad():
         expected = theirs(
@@ -43,7 +45,7 @@ def test_logits(pair, padding):
             position_ids=torch.from_numpy(positions),
         ).logits.numpy()
     segment_ids = None if padding == "none" else jnp.asarray(mask - 1, jnp.int32)
-    logits = ours(jnp.asarray(tokens, jnp.int32), segment_ids=segment_ids)
+    logits = logits_of(jnp.asarray(tokens, jnp.int32), segment_ids)
     real = mask.astype(bool)
     assert_close(np.asarray(logits)[real], expected[real], atol=1e-5, what=padding)
 
@@ -89,23 +91,22 @@ def greedy_with_cache(ours, tokens, mask):
     return np.stack(found, 1)
 
 
-def greedy_without_cache(ours, tokens, mask):
+def greedy_without_cache(logits_of, tokens, mask):
     """The whole text again for every token, in one buffer so that one compilation serves all."""
     batch, width = tokens.shape
-    logits = jax.jit(lambda tokens, segment_ids: ours(tokens, segment_ids=segment_ids))
     buffer = np.zeros((batch, width + NEW), np.int32)
     segments = np.full((batch, width + NEW), -1, np.int32)
     buffer[:, :width], segments[:, :width] = tokens, np.where(mask, 0, -1)
     for at in range(width, width + NEW):
-        buffer[:, at] = np.asarray(logits(buffer, segments))[:, at - 1].argmax(-1)
+        buffer[:, at] = np.asarray(logits_of(buffer, segments))[:, at - 1].argmax(-1)
         segments[:, at] = 0
     return buffer[:, width:]
 
 
 def test_forty_greedy_tokens_with_and_without_cache(pair):
-    theirs, ours = pair
+    theirs, ours, logits_of = pair
     tokens, mask = left_padded()
     expected, lead = greedy_reference(theirs, tokens, mask)
     assert lead > 1e-4, f"the reference itself is undecided (lead {lead}): choose another seed"
     np.testing.assert_array_equal(greedy_with_cache(ours, tokens, mask), expected)
-    np.testing.assert_array_equal(greedy_without_cache(ours, tokens, mask), expected)
+    np.testing.assert_array_equal(greedy_without_cache(logits_of, tokens, mask), expected)
