@@ -44,6 +44,8 @@ def check_cache(cache: tuple, num_entries: int, tokens: Array, lengths: Array | 
         )
     batch, num_new = tokens.shape
     if lengths is not None:
+        if not hasattr(lengths, "dtype"):
+            raise TypeError(f"`lengths` must be an array, got {type(lengths).__name__}")
         if lengths.shape != (batch,):
             raise ValueError(f"`lengths` must have shape [B={batch}], got {lengths.shape}")
         if not jnp.issubdtype(lengths.dtype, jnp.integer):
