@@ -18,57 +18,83 @@ CALL = jax.jit(Decoder.__call__)
 STEP = jax.jit(Decoder.step, static_argnames=("padding_side", "last_only"))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_steps_in_any_split_equal_one_call(name, seed):
-    rng = np.random.default_rng(seed)
-    decoder = build(CONFIGS[name], seed)
-    ids = tokens(rng, 2, 23)
-    expected = CALL(decoder, ids)
-    splits = {"one by one": [1] * 23, "one step": [23], "random": []}
-    while sum(splits["random"]) < 23:
-        splits["random"].append(int(rng.integers(1, 24 - sum(splits["random"]))))
-    for what, sizes in splits.items():
-        cache, start, pieces = decoder.init_cache(2, 23), 0, []
-        for size in sizes:
-            logits, cache = STEP(decoder, ids[:, start : start + size], cache)
-            pieces.append(logits)
-            start += size
-        assert_close(jnp.concatenate(pieces, axis=1), expected, atol=1e-5, what=f"{what} {sizes}")
-        for entry in cache:
-            assert entry.length.tolist() == [23, 23]
+B, T = 3, 24
+# Steps of 1, 4 and 17 tokens: recurrent and chunked delta rule, decoding and prefill attention.
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_rows_of_different_lengths_equal_rows_alone(name, side):
-    seed = 3
-    rng = np.random.default_rng(seed)
-    decoder = build(CONFIGS[name], seed)
-    ids = tokens(rng, 3, 26)
-    expected = CALL(decoder, ids)
-    cache, held = decoder.init_cache(3, 40), np.zeros(3, int)
-    for width in (12, 1, 5, 9, 1):
-        count = rng.integers(0, min(width, 26 - held.max()) + 1, 3)
-        count[rng.integers(3)] = min(width, 26 - held.max())
-        piece = np.full((3, width), -7)  # padding may hold anything, ids that do not exist too
-        for row in range(3):
-            start = width - count[row] if side == "left" else 0
-            piece[row, start : start + count[row]] = ids[row, held[row] : held[row] + count[row]]
+def in_pieces(decoder, ids, schedule, side="right", policy="full"):
+    """Feeds `schedule = [(width, lengths [B]), ...]` of right- or left-padded steps; yields each row's logits."""
+    cache = decoder.init_cache(B, T, policy=policy)
+    held, rows = np.zeros(B, int), [[] for _ in range(B)]
+    for width, lengths in schedule:
+        piece = np.full((B, width), -7)  # padding may hold anything, ids that do not exist too
+        where = [slice(width - n, width) if side == "left" else slice(0, n) for n in lengths]
+        for row, at in enumerate(where):
+            piece[row, at] = ids[row, held[row] : held[row] + lengths[row]]
         logits, cache = STEP(
-            decoder, jnp.asarray(piece), cache, lengths=jnp.asarray(count), padding_side=side
+            decoder, jnp.asarray(piece), cache, lengths=jnp.asarray(lengths), padding_side=side
         )
-        for row in range(3):
-            start = width - count[row] if side == "left" else 0
-            assert_close(
-                logits[row, start : start + count[row]],
-                expected[row, held[row] : held[row] + count[row]],
-                atol=1e-5,
-                what=f"row {row}, {count} tokens of {width} after {held}",
-            )
-        held += count
+        for row, at in enumerate(where):
+            rows[row].append(np.asarray(logits)[row, at])
+        held += lengths
         for entry in cache:
-            assert entry.length.tolist() == held.tolist()
+            np.testing.assert_array_equal(entry.length, held)
+    return [np.concatenate(row) for row in rows]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_in_any_split_equal_one_call(name):
+    rng = np.random.default_rng(0)
+    decoder = build(CONFIGS[name], 0)
+    ids = np.asarray(tokens(rng, B, T))
+    expected = np.asarray(CALL(decoder, ids))
+    shuffled = [int(n) for n in rng.permutation([1, 1, 1, 4, 17])]
+    for widths in ([1] * T, [17, 4, 1, 1, 1], [4] * 6, shuffled):
+        schedule = [(width, np.full(B, width)) for width in widths]
+        for row, logits in enumerate(in_pieces(decoder, ids, schedule)):
+            assert_close(logits, expected[row], atol=1e-5, what=f"row {row} of {widths}")
+
+
+@pytest.mark.parametrize("name, side", [*((name, "right") for name in CONFIGS), ("hybrid", "left")])
+def test_rows_of_different_lengths_equal_rows_alone(name, side):
+    rng = np.random.default_rng(3)
+    decoder = build(CONFIGS[name], 3)
+    ids = np.asarray(tokens(rng, B, T))
+    expected = np.asarray(CALL(decoder, ids))
+    schedule, held = [], np.zeros(B, int)
+    for width in (17, 1, 4, 4, 17, 1):
+        lengths = np.minimum(rng.integers(0, width + 1, B), T - held)
+        schedule.append((width, lengths))
+        held += lengths
+    for row, logits in enumerate(in_pieces(decoder, ids, schedule, side)):
+        what = f"row {row} of {schedule}"
+        assert_close(logits, expected[row, : len(logits)], atol=1e-5, what=what)
+
+
+def test_a_step_without_lengths_is_a_step_of_full_rows():
+    decoder = build(HYBRID, 1)
+    ids = tokens(np.random.default_rng(1), B, 4)
+    plain = STEP(decoder, ids, decoder.init_cache(B, T))
+    full = STEP(
+        decoder, ids, decoder.init_cache(B, T), lengths=jnp.full((B,), 4), padding_side="right"
+    )
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(full), strict=True):
+        assert_close(a, b, atol=1e-6)
+
+
+def test_ring_caches_of_sliding_layers_change_nothing():
+    decoder = build(HYBRID, 2)
+    ids = np.asarray(tokens(np.random.default_rng(2), B, T))
+    schedule = [(4, np.array([4, 2, 0])), (1, np.ones(B, int)), (4, np.full(B, 4))]
+    rings = in_pieces(decoder, ids, schedule, policy="ring")
+    for a, b in zip(rings, in_pieces(decoder, ids, schedule), strict=True):
+        assert_close(a, b, atol=1e-5)
+    kinds = [type(entry).__name__ for entry in decoder.init_cache(B, T, policy="ring")]
+    assert kinds == ["GatedDeltaNetState", "RingKVCache", "KVCache"]
+    coded = decoder.init_cache(B, T, policy="int8")
+    assert [entry.key.dtype for entry in coded[1:]] == [jnp.int8, jnp.int8]
+    with pytest.raises(ValueError, match="`policy` must not be 'ring' for a decoder without"):
+        build(CONFIGS["linear only"]).init_cache(B, T, policy="ring")
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -204,25 +230,24 @@ def test_scan_compiles_a_pattern_once():
         config = dataclasses.replace(
             HYBRID, layers=("linear_attention", "full_attention") * repeats, scan_layers=True
         )
-        jaxpr = jax.make_jaxpr(Decoder.__call__)(Decoder(config, rngs=nnx.Rngs(0)), ids)
+        abstract = nnx.eval_shape(lambda config=config: Decoder(config, rngs=nnx.Rngs(0)))
+        jaxpr = jax.make_jaxpr(Decoder.__call__)(abstract, ids)
         counts.append(len(str(jaxpr).splitlines()))
     assert counts[0] == counts[1]
 
 
 def test_causality_by_gradient():
     decoder = build(HYBRID, 10)
-    ids = tokens(np.random.default_rng(10), 1, 6)
+    ids = jnp.arange(6, dtype=jnp.int32)[
+        None
+    ]  # token t is the only one that reads row t of the table
 
-    def logits_of(embedding, at):
-        changed = nnx.clone(decoder)
-        changed.embed.embedding = nnx.Param(embedding)
-        return changed(ids)[0, at].sum()
+    @jax.jit
+    def by_row(decoder, at):
+        return jnp.abs(jax.grad(lambda d: d(ids)[0, at].sum())(decoder).embed.embedding[...]).sum(1)
 
-    unique = jnp.arange(6, dtype=jnp.int32)[None]
-    ids = unique
     for at in (0, 3, 5):
-        gradient = jax.grad(logits_of)(decoder.embed.embedding[...], at)
-        norms = jnp.abs(gradient[:6]).sum(axis=1)
+        norms = np.asarray(by_row(decoder, at))
         assert (norms[at + 1 :] == 0).all()
         assert (norms[: at + 1] > 0).all()
 
@@ -253,12 +278,11 @@ def test_dropout_needs_a_key_and_uses_it():
     config = dataclasses.replace(HYBRID, attention=attention)
     decoder = build(config, 12)
     ids = tokens(np.random.default_rng(12), 1, 8)
-    one, again, two = (
-        decoder(ids, deterministic=False, dropout_key=jax.random.key(k)) for k in (0, 0, 1)
-    )
+    drop = jax.jit(lambda key: decoder(ids, deterministic=False, dropout_key=key))
+    one, again, two = (drop(jax.random.key(k)) for k in (0, 0, 1))
     assert_bitwise_equal(one, again)
     assert jnp.abs(one - two).max() > 1e-3
-    assert_bitwise_equal(decoder(ids, dropout_key=jax.random.key(0)), decoder(ids))
+    assert_bitwise_equal(CALL(decoder, ids, dropout_key=jax.random.key(0)), CALL(decoder, ids))
     with pytest.raises(ValueError, match="`dropout_key` must be given when deterministic=False"):
         decoder(ids, deterministic=False)
 
@@ -286,9 +310,8 @@ def test_layers_that_do_not_repeat_cannot_be_scanned(layers):
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_bad_input_is_refused_by_name(scan_layers):
-    decoder = Decoder(
-        dataclasses.replace(REPEATING, moe=None, moe_layers=None, scan_layers=scan_layers),
-        rngs=nnx.Rngs(0),
+    decoder = build(
+        dataclasses.replace(REPEATING, moe=None, moe_layers=None, scan_layers=scan_layers)
     )
     ids = jnp.zeros((2, 3), jnp.int32)
     cache = decoder.init_cache(2, 4)
@@ -339,7 +362,7 @@ def test_bad_input_is_refused_by_name(scan_layers):
         (
             ValueError,
             "`cache` must hold 6 tokens after this step, got capacity 4",
-            lambda: decoder.step(ids, decoder.step(ids, cache).cache),
+            lambda: decoder.step(ids, STEP(decoder, ids, cache).cache),
         ),
         (
             ValueError,

@@ -64,13 +64,17 @@ REPEATING = dataclasses.replace(
 
 
 def build(config: DecoderConfig, seed: int = 0, **kwargs) -> Decoder:
-    """A decoder whose every parameter is random, norms and biases too, with logits far enough apart to compare."""
-    decoder = Decoder(config, rngs=nnx.Rngs(seed), **kwargs)
+    """A decoder whose every parameter is random, norms and biases too; nothing is compiled to make it."""
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **kwargs))
     rng = np.random.default_rng(seed)
-    noisy = lambda x: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype)
-    return jax.tree.map(noisy, decoder)
+
+    def draw(path, leaf) -> jax.Array:
+        centre = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(centre + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-def tokens(rng: np.random.Generator, *shape: int, vocab_size: int = HYBRID.vocab_size) -> jax.Array:
+def tokens(rng: np.random.Generator, *shape: int) -> jax.Array:
     """Random ids."""
-    return jnp.asarray(rng.integers(0, vocab_size, shape), jnp.int32)
+    return jnp.asarray(rng.integers(0, HYBRID.vocab_size, shape), jnp.int32)
