@@ -52,7 +52,7 @@ def test_steps_in_any_split_equal_one_call(name):
     for widths in ([1] * T, [17, 4, 1, 1, 1], [4] * 6, shuffled):
         schedule = [(width, np.full(B, width)) for width in widths]
         for row, logits in enumerate(in_pieces(decoder, ids, schedule)):
-            assert_close(logits, expected[row], atol=1e-5, what=f"row {row} of {widths}")
+            assert_close(logits, expected[row], atol=1e-5, rtol=1e-5, what=f"row {row} of {widths}")
 
 
 @pytest.mark.parametrize("name, side", [*((name, "right") for name in CONFIGS), ("hybrid", "left")])
@@ -68,7 +68,7 @@ def test_rows_of_different_lengths_equal_rows_alone(name, side):
         held += lengths
     for row, logits in enumerate(in_pieces(decoder, ids, schedule, side)):
         what = f"row {row} of {schedule}"
-        assert_close(logits, expected[row, : len(logits)], atol=1e-5, what=what)
+        assert_close(logits, expected[row, : len(logits)], atol=1e-5, rtol=1e-5, what=what)
 
 
 def test_a_step_without_lengths_is_a_step_of_full_rows():

@@ -69,8 +69,10 @@ def build(config: DecoderConfig, seed: int = 0, **kwargs) -> Decoder:
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf) -> jax.Array:
-        centre = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-        return jnp.asarray(centre + 0.3 * rng.normal(size=leaf.shape), leaf.dtype)
+        name = jax.tree_util.keystr(path)
+        centre = 1.0 if "scale" in name else 0.0
+        spread = 0.5 if "embedding" in name else 0.15  # a residual stream and logits of order one
+        return jnp.asarray(centre + spread * rng.normal(size=leaf.shape), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
