@@ -1,4 +1,4 @@
-"""`python -m gqa_jax`: the demo, and what this machine would run."""
+"""`python -m gqa_jax`: the demo, generation from a checkpoint, and what this machine would run."""
 
 import argparse
 import importlib.metadata
@@ -8,7 +8,9 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from gqa_jax import demo
+from gqa_jax import checkpoint, demo
+from gqa_jax.byte_text import VOCAB_SIZE, as_text
+from gqa_jax.generate import stream
 from pallas_kernels import explain
 
 PACKAGES = (
@@ -41,6 +43,27 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_demo)
 
     command = commands.add_parser(
+        "generate",
+        help="continue a prompt with a Hugging Face checkpoint",
+        description="Continues a prompt; text streams for byte-level models, token ids for others.",
+    )
+    command.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of safetensors")
+    prompt = command.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="for models whose tokens are bytes")
+    prompt.add_argument("--tokens", metavar="1,2,3", help="token ids, for any model")
+    command.add_argument(
+        "--max-new-tokens", type=int, default=200, metavar="N", help="(%(default)s)"
+    )
+    command.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the most likely token (%(default)s)"
+    )
+    command.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely")
+    command.add_argument("--top-p", type=float, metavar="P", help="draw among the top share P")
+    command.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
+    command.add_argument("--stop", metavar="1,2", help="token ids that end the text")
+    command.set_defaults(run=run_generate)
+
+    command = commands.add_parser(
         "info", help="versions, devices, and which implementation each operator would run and why"
     )
     command.set_defaults(run=run_info)
@@ -50,10 +73,64 @@ def build_parser() -> argparse.ArgumentParser:
 def run_demo(options: argparse.Namespace) -> int:
     """`demo`; 2 for options that make no sense."""
     wrong = demo.check_arguments(options)
-    if wrong:
-        print(f"python -m gqa_jax demo: error: {wrong}", file=sys.stderr)
-        return 2
-    return demo.run(options)
+    return _refuse("demo", wrong) if wrong else demo.run(options)
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    """`generate`; 2 for options that make no sense, 1 for a checkpoint that cannot be read."""
+    try:
+        tokens = _token_ids("--tokens", options.tokens)
+        stop_tokens = _token_ids("--stop", options.stop)
+    except ValueError as error:
+        return _refuse("generate", str(error))
+    try:
+        decoder = checkpoint.load_hf(options.checkpoint)
+    except (OSError, ValueError) as error:
+        print(f"python -m gqa_jax generate: {options.checkpoint}: {error}", file=sys.stderr)
+        return 1
+    if options.prompt is not None:
+        if decoder.config.vocab_size != VOCAB_SIZE:
+            return _refuse(
+                "generate",
+                f"--prompt needs a model whose tokens are bytes (vocab_size {VOCAB_SIZE}), this one has "
+                f"{decoder.config.vocab_size}: give token ids with --tokens",
+            )
+        tokens = list(options.prompt.encode())
+    try:
+        steps = stream(
+            decoder,
+            [tokens],
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            stop_tokens=stop_tokens,
+            key=jax.random.key(options.seed),
+        )
+    except ValueError as error:
+        return _refuse("generate", str(error))
+    ids = (int(step.tokens[0]) for step in steps)
+    if options.prompt is not None:
+        print(options.prompt, end="")
+        pieces = as_text(ids)
+    else:
+        pieces = (f"{token} " for token in ids)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _token_ids(option: str, text: str | None) -> list[int]:
+    try:
+        return [] if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} must be integers joined by commas, got {text!r}") from None
+
+
+def _refuse(command: str, message: str) -> int:
+    print(f"python -m gqa_jax {command}: error: {message}", file=sys.stderr)
+    return 2
 
 
 def run_info(options: argparse.Namespace) -> int:

@@ -7,16 +7,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from gqa_jax.cache import GatedDeltaNetState, KVCache
+from gqa_jax.attention import SelfAttention
+from gqa_jax.cache import AttentionCache, GatedDeltaNetState, Policy
 from gqa_jax.config import DecoderConfig
 from gqa_jax.decoder_checks import check_cache, check_token_range, check_token_shape
 from gqa_jax.decoder_layer import DecoderLayer, Embedding
+from gqa_jax.gated_deltanet import GatedDeltaNet
 from gqa_jax.masks import positions_in_segments
 from gqa_jax.moe import RouterStatistics
 from gqa_jax.norms import RMSNorm
 from gqa_jax.projection import Projection
 
-LayerCache = KVCache | GatedDeltaNetState
+LayerCache = AttentionCache | GatedDeltaNetState
 DecoderCache = tuple[LayerCache, ...]
 
 
@@ -185,24 +187,40 @@ class Decoder(nnx.Module):
         assert router is not None
         return DecoderOutput(self._logits(x), router)
 
-    def init_cache(self, batch_size: int, max_length: int, *, dtype=None) -> DecoderCache:
+    def init_cache(
+        self, batch_size: int, max_length: int, *, dtype=None, policy: Policy = "full"
+    ) -> DecoderCache:
         """An empty cache for `batch_size` rows of up to `max_length` tokens.
 
         Args:
           batch_size, max_length: B and S.
           dtype: of keys, values and convolution inputs; None means the dtype of the computation.
+          policy: of attention layers, see `gqa_jax.cache.allocate`; "ring" holds for those with a sliding window,
+            the others keep every token.
 
         Returns:
           one entry per layer; with `scan_layers` one per layer of the pattern, stacked over the repeats.
 
         Raises:
-          ValueError: sizes that are not positive.
+          ValueError: sizes that are not positive, an unknown policy, or "ring" without a sliding window anywhere.
         """
-        make = lambda layer: layer.mixer.init_cache(batch_size, max_length, dtype=dtype)
+        attention = [layer.mixer for layer in self.layers if isinstance(layer.mixer, SelfAttention)]
+        windowed = any(mixer.config.sliding_window is not None for mixer in attention)
+        if policy == "ring" and not windowed:
+            raise ValueError("`policy` must not be 'ring' for a decoder without sliding windows")
+
+        def make(layer: DecoderLayer) -> LayerCache:
+            mixer = layer.mixer
+            if isinstance(mixer, GatedDeltaNet):
+                return mixer.init_cache(batch_size, max_length, dtype=dtype)
+            full = policy == "ring" and mixer.config.sliding_window is None
+            return mixer.init_cache(
+                batch_size, max_length, dtype=dtype, policy="full" if full else policy
+            )
+
         if not self.config.scan_layers:
             return tuple(make(layer) for layer in self.layers)
-        repeats = self._repeats
-        return tuple(jax.vmap(make, axis_size=repeats)(layer) for layer in self.layers)
+        return tuple(jax.vmap(make, axis_size=self._repeats)(layer) for layer in self.layers)
 
     def step(
         self,

@@ -7,8 +7,6 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from gqa_jax.cache import KVCache
-
 
 def check_token_shape(tokens: Any) -> None:
     """Raises unless `tokens` is an integer array `[B, T]` with T >= 1."""
@@ -44,6 +42,8 @@ def check_cache(cache: tuple, num_entries: int, tokens: Array, lengths: Array | 
         )
     batch, num_new = tokens.shape
     if lengths is not None:
+        if not hasattr(lengths, "dtype"):
+            raise TypeError(f"`lengths` must be an array, got {type(lengths).__name__}")
         if lengths.shape != (batch,):
             raise ValueError(f"`lengths` must have shape [B={batch}], got {lengths.shape}")
         if not jnp.issubdtype(lengths.dtype, jnp.integer):
@@ -52,20 +52,19 @@ def check_cache(cache: tuple, num_entries: int, tokens: Array, lengths: Array | 
             counts = np.asarray(lengths)
             if ((counts < 0) | (counts > num_new)).any():
                 raise ValueError(f"`lengths` must lie in [0, T={num_new}], got {counts.tolist()}")
+    added = None
+    if not isinstance(lengths, Tracer):
+        added = np.asarray(num_new if lengths is None else lengths)
     for entry in cache:
-        if entry.length.shape[-1] != batch:
+        if entry.batch_size != batch:
+            raise ValueError(f"`tokens` must have the cache's {entry.batch_size} rows, got {batch}")
+        limit = entry.max_tokens
+        if limit is None:
+            continue
+        needed = num_new
+        if added is not None and not isinstance(entry.length, Tracer):
+            needed = max(needed, int((np.asarray(entry.length) + added).max()))
+        if needed > limit:
             raise ValueError(
-                f"`tokens` must have the cache's {entry.length.shape[-1]} rows, got {batch}"
+                f"`cache` must hold {needed} tokens after this step, got capacity {limit}"
             )
-    attention = next((entry for entry in cache if isinstance(entry, KVCache)), None)
-    if attention is None:
-        return
-    capacity = attention.key.shape[-2]
-    needed = num_new
-    if not isinstance(attention.length, Tracer) and not isinstance(lengths, Tracer):
-        held = np.asarray(attention.length) + (num_new if lengths is None else np.asarray(lengths))
-        needed = max(needed, int(held.max()))
-    if needed > capacity:
-        raise ValueError(
-            f"`cache` must hold {needed} tokens after this step, got capacity {capacity}"
-        )

@@ -5,6 +5,7 @@ agree, makes a Hugging Face round trip, and answers a call from PyTorch where th
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import pathlib
@@ -18,6 +19,7 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
+from gqa_jax import checkpoint
 from gqa_jax.byte_text import (
     VOCAB_SIZE,
     ByteText,
@@ -149,9 +151,25 @@ def run(options: argparse.Namespace) -> int:
     print_samples(decoder, seed=options.seed)
     summary["cached_difference"] = cached_difference(decoder, held_out)
     print(f"max |cached - uncached| logits: {summary['cached_difference']:.1e}")
+    folder = options.out / "checkpoint"
+    summary["reloaded_difference"] = round_trip(decoder, held_out, folder)
+    print(
+        f"saved as {decoder.config.family} in {folder} and loaded again: max |difference| of logits "
+        f"{summary['reloaded_difference']:.1e}"
+    )
+    if importlib.util.find_spec("torch") is None:
+        print("PyTorch is not installed: the call from torch is left out")
+    else:
+        summary["torch_difference"], summary["torch_gradient_difference"] = call_from_torch(
+            decoder, seed=options.seed
+        )
+        print(
+            "the trained attention layer called from torch (DLPack): max |difference| "
+            f"{summary['torch_difference']:.1e}, of its gradient {summary['torch_gradient_difference']:.1e}"
+        )
     summary["total_seconds"] = round(time.perf_counter() - started, 1)
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"{summary['total_seconds']:.0f} seconds; plot and summary in {options.out}")
+    print(f"{summary['total_seconds']:.0f} seconds; plot, checkpoint and summary in {options.out}")
     return 0
 
 
@@ -248,3 +266,29 @@ def cached_difference(decoder: Decoder, data: np.ndarray, *, length: int = 96) -
         logits, cache = step(params, tokens[:, i : i + 1], cache)
         pieces.append(logits)
     return float(jnp.abs(jnp.concatenate(pieces, axis=1) - expected).max())
+
+
+def round_trip(decoder: Decoder, data: np.ndarray, folder: pathlib.Path) -> float:
+    """Saves in Hugging Face's format, loads, and returns the largest difference of logits."""
+    checkpoint.save_hf(decoder, folder)
+    loaded = checkpoint.load_hf(folder)
+    tokens = jnp.asarray(data[None, :64], jnp.int32)
+    call = jax.jit(lambda decoder, tokens: decoder(tokens))
+    return float(jnp.abs(call(loaded, tokens) - call(decoder, tokens)).max())
+
+
+def call_from_torch(decoder: Decoder, *, seed: int) -> tuple[float, float]:
+    """Calls the trained full-attention layer on a torch tensor; differences of output and gradient to JAX's own."""
+    import interop
+
+    layer = decoder.layer(decoder.config.layers.index("full_attention")).mixer
+    x = jax.random.normal(jax.random.key(seed), (2, 32, decoder.config.model_dim))
+    expected = layer(x)
+    expected_gradient = jax.grad(lambda x: layer(x).sum())(x)
+    tensor = interop.to_torch(x, copy=True).requires_grad_()
+    out = interop.wrap(lambda x: layer(x), name="trained attention")(tensor)
+    out.sum().backward()
+    assert tensor.grad is not None
+    difference = jnp.abs(interop.to_jax(out.detach()) - expected).max()
+    gradient_difference = jnp.abs(interop.to_jax(tensor.grad) - expected_gradient).max()
+    return float(difference), float(gradient_difference)

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from gqa_jax.cache import Policy
 from gqa_jax.decoder import Decoder, DecoderCache
 from gqa_jax.sampling import Sampling, make_sampling, sample
 
@@ -82,6 +83,7 @@ def generate(
     prefill_chunk: int | None = None,
     pad_token: int = 0,
     cache_dtype=None,
+    cache_policy: Policy = "full",
 ) -> Generation:
     """Continues each prompt.
 
@@ -100,7 +102,7 @@ def generate(
       prefill_chunk: prompts enter the cache in pieces of so many tokens; bounds the memory of prefill, and its
         compilations: prompts of any length share one. None means one piece.
       pad_token: fills `tokens` behind a row's end.
-      cache_dtype: see `Decoder.init_cache`.
+      cache_dtype, cache_policy: see `Decoder.init_cache`.
 
     Returns:
       `Generation(tokens, lengths)`.
@@ -122,7 +124,7 @@ def generate(
     """
     graphdef, params, cache, logits, rules = _start(
         decoder, prompts, prompt_lengths, max_new_tokens, temperature, top_k, top_p, stop_tokens,
-        key, max_length, prefill_chunk, pad_token, cache_dtype,
+        key, max_length, prefill_chunk, pad_token, cache_dtype, cache_policy,
     )  # fmt: skip
     progress, _ = _decode(graphdef, params, cache, logits, rules, max_new_tokens=max_new_tokens)
     return Generation(progress.tokens, progress.lengths)
@@ -143,6 +145,7 @@ def stream(
     prefill_chunk: int | None = None,
     pad_token: int = 0,
     cache_dtype=None,
+    cache_policy: Policy = "full",
 ) -> Iterator[StreamStep]:
     """As `generate`, one token of every row at a time; the same tokens. Arguments are checked on the call.
 
@@ -151,7 +154,7 @@ def stream(
     """
     graphdef, params, cache, logits, rules = _start(
         decoder, prompts, prompt_lengths, max_new_tokens, temperature, top_k, top_p, stop_tokens,
-        key, max_length, prefill_chunk, pad_token, cache_dtype,
+        key, max_length, prefill_chunk, pad_token, cache_dtype, cache_policy,
     )  # fmt: skip
 
     def steps(cache: DecoderCache) -> Iterator[StreamStep]:
@@ -169,7 +172,7 @@ def stream(
 
 def _start(
     decoder, prompts, prompt_lengths, max_new_tokens, temperature, top_k, top_p, stop_tokens, key,
-    max_length, prefill_chunk, pad_token, cache_dtype,
+    max_length, prefill_chunk, pad_token, cache_dtype, cache_policy,
 ):  # fmt: skip
     """Checks everything, fills the cache, and returns what the loop needs."""
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
@@ -197,7 +200,7 @@ def _start(
     chunk = prefill_chunk or longest
     capacity = max(max_length or needed, chunk)  # a chunk must fit, even where it is mostly padding
     graphdef, params = nnx.split(decoder)
-    cache = decoder.init_cache(len(lengths), capacity, dtype=cache_dtype)
+    cache = decoder.init_cache(len(lengths), capacity, dtype=cache_dtype, policy=cache_policy)
     logits = jnp.zeros((), jnp.float32)
     for start in range(0, longest, chunk):
         piece = tokens[:, start : start + chunk]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -79,7 +80,7 @@ class Experts(nnx.Module):
         experts, width = config.num_experts, config.intermediate_size
 
         def kernel(shape: tuple[int, ...], fan_in: int) -> nnx.Param:
-            wide = jnp.promote_types(param_dtype, jnp.float32)
+            wide = np.promote_types(param_dtype, np.float32)
             draw = jax.random.truncated_normal(rngs.params(), -2, 2, shape, wide)
             return nnx.Param((draw * (fan_in**-0.5 / 0.8796)).astype(param_dtype))
 
@@ -89,7 +90,7 @@ class Experts(nnx.Module):
     def __call__(self, x: Float[Array, "n M"], group_sizes: Int[Array, "E"]) -> Array:
         """Row i of x goes through the expert of its group; `[n, M]`."""
         gate_up, down = self.gate_up[...], self.down[...]
-        dtype = self.dtype or jnp.promote_types(x.dtype, gate_up.dtype)
+        dtype = self.dtype or np.promote_types(x.dtype, gate_up.dtype)
         experts, model_dim, width, _ = gate_up.shape
         fused = gate_up.astype(dtype).reshape(experts, model_dim, 2 * width)
         hidden = jax.lax.ragged_dot(x.astype(dtype), fused, group_sizes)
@@ -168,6 +169,6 @@ class MoE(nnx.Module):
         out = self.experts(x[order // self.config.num_experts_per_token], group_sizes)
         out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
         out = out.reshape(*weights.shape, -1)
-        wide = jnp.promote_types(out.dtype, jnp.float32)
+        wide = np.promote_types(out.dtype, np.float32)
         mixed = jnp.einsum("nkm,nk->nm", out, weights, preferred_element_type=wide)
         return mixed.astype(out.dtype)
