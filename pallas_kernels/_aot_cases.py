@@ -99,7 +99,10 @@ class AttentionShape:
         return 4 * self.row_bytes + 2 * both_keys + 4.0 * self.batch * self.length * self.heads
 
     def loops(self, block_kv: int) -> int:
-        """Copies of a loop body: one with the mask where it may be needed, one without."""
+        """Copies of a loop body: one with the mask where it may be needed, one without (which the compiler drops where
+        there is one tile)."""
+        if self.length <= block_kv:
+            return 1
         return 2 if self.is_causal or self.segments or self.length % block_kv else 1
 
     def forward_config(self) -> mosaic_gpu_tuning.ForwardConfig:
@@ -147,7 +150,7 @@ def _forward(shape: AttentionShape) -> Case:
     config = shape.forward_config()
     # A wgmma covers 64 rows, all columns and 16 of the contracted dimension: scores contract head_dim, the weighted sum
     # contracts the keys. The prologue has one of the former, the epilogue one of the latter.
-    bodies = 1 + shape.loops(config.block_kv)
+    bodies = 1 + (shape.loops(config.block_kv) if shape.length > config.block_kv else 0)
     count = bodies * (shape.head_dim + config.block_kv) // 16
     name = f"gqa_attention/forward/{shape.label}"
     return Case(name, build, shape.flops(2), shape.forward_bytes(), (count,))
@@ -177,7 +180,7 @@ def _backward(shape: AttentionShape) -> Case:
         return attention_backward, tuple(arrays.values())
 
     dim, loops = shape.head_dim, shape.loops(config.block_kv)
-    masked = 2 if shape.is_causal or shape.segments else 1
+    masked = 2 if (shape.is_causal or shape.segments) and shape.length > config.block_q else 1
     # dk_dv: two products that contract head_dim, two that contract queries; at 256 the half that makes dk has one loop.
     one = (dim + config.block_q) // 16
     dk_dv = (masked + 1) * one if dim > 128 else 2 * masked * one

@@ -114,8 +114,9 @@ def _code_sections(text: str) -> dict[str, list[list[tuple[str, str]]]]:
     """Kernel name -> its listings (one per compilation), each a list of (opcode, suffixes and operands)."""
     sections: dict[str, list[list[tuple[str, str]]]] = {}
     marks = list(_SECTION.finditer(text))
-    for mark, following in zip(marks, [*marks[1:], None], strict=True):
-        body = text[mark.end() : following.start() if following else len(text)]
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    for mark, end in zip(marks, ends, strict=bool(marks)):
+        body = text[mark.end() : end]
         listing = []
         for line in body.splitlines():
             found = _INSTRUCTION.search(line)

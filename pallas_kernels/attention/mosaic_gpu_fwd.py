@@ -319,13 +319,14 @@ def overlapped_step(shapes: Shapes, s, wg, prepare, step, carry, *, masked: bool
     acc, weights, m, l = carry
     config, dim = shapes.config, shapes.head_dim
     slot, before = lax.rem(step, config.stages), lax.rem(step - 1, config.stages)
+    (me,) = _mosaic_gpu.opaque(wg)
     plgpu.barrier_wait(s.value_ready.at[before])
     plgpu.barrier_wait(s.key_ready.at[slot])
     plgpu.barrier_wait(s.turn.at[wg])
 
     def products(scores_ref, acc_ref):
         acc_ref[...] = acc
-        plgpu.wgmma(scores_ref, s.queries.at[wg], s.keys.at[slot].T)
+        plgpu.wgmma(scores_ref, s.queries.at[me], s.keys.at[slot].T)
         plgpu.wgmma(acc_ref, weights, s.values.at[before])
         plgpu.barrier_arrive(s.turn.at[1 - wg])
         scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
@@ -350,6 +351,7 @@ def alternating_step(shapes: Shapes, s, wg, prepare, step, carry, *, masked: boo
     acc, weights, m, l = carry
     config, dim = shapes.config, shapes.head_dim
     slot, before = lax.rem(step, config.stages), lax.rem(step - 1, config.stages)
+    (me,) = _mosaic_gpu.opaque(wg)
     plgpu.barrier_wait(s.value_ready.at[before])
     plgpu.barrier_wait(s.key_ready.at[slot])
     plgpu.barrier_wait(s.turn.at[wg])
@@ -357,7 +359,7 @@ def alternating_step(shapes: Shapes, s, wg, prepare, step, carry, *, masked: boo
     plgpu.barrier_arrive(s.value_free.at[before])
 
     def product(scores_ref):
-        plgpu.wgmma(scores_ref, s.queries.at[wg], s.keys.at[slot].T)
+        plgpu.wgmma(scores_ref, s.queries.at[me], s.keys.at[slot].T)
         return scores_ref[...]
 
     scores = pl.run_scoped(product, _mosaic_gpu.accumulator(ROWS, config.block_kv))
