@@ -23,8 +23,7 @@ def causal_conv(x, weight, *, bias, activation, initial_state, segment_ids):
     rows = None
     if segment_ids is not None:
         rows = _Rows.of(segment_ids, width)
-        if initial_state is not None:
-            history = jax.vmap(_place)(history, before, rows.first)
+        history = jax.vmap(_place)(history, before, rows.first)
 
     total = jnp.zeros((batch, length, features), compute)
     for lag in range(width):

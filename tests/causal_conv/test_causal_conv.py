@@ -189,3 +189,14 @@ def test_messages_name_the_argument():
     with pytest.raises(TypeError, match="`segment_ids` must be an integer array"):
         causal_conv1d(x, weight, segment_ids=jnp.ones((1, 5)))
     assert explain("causal_conv1d", x, weight).chosen == "reference"
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_left_padding_is_not_read(given):
+    """With the initial state given as zeros or not at all, the inputs that stand on padding are never seen."""
+    x = jnp.arange(1.0, 7.0).reshape(1, 6, 1)
+    ids = jnp.asarray([[-1, -1, -1, 0, 0, 0]])
+    state = jnp.zeros((1, 4, 1)) if given else None
+    result = causal_conv1d(x, jnp.ones((4, 1)), initial_state=state, segment_ids=ids)
+    assert result.out[0, :, 0].tolist() == [0, 0, 0, 4, 9, 15]
+    assert result.final_state[0, :, 0].tolist() == [0, 4, 5, 6]
