@@ -30,8 +30,8 @@ def decode_attention(
         )
         operand = jnp.dtype(jnp.bfloat16) if narrow else compute
         return jnp.einsum(
-            subscripts, left.astype(operand), right.astype(operand), precision="highest",
-            preferred_element_type=compute,
+            subscripts, left.astype(operand), right.astype(operand),
+            precision="default" if narrow else "highest", preferred_element_type=compute,
         )  # fmt: skip
 
     def one(pair):

@@ -1,0 +1,174 @@
+"""`python -m benchmarks.report`: the one place that turns results into tables and plots.
+
+Every JSON under `benchmarks/results/<machine>/` whose suite has an entry in `REPORTS` becomes a markdown file, and
+where the entry draws, a PNG, beside it. Another suite joins by one entry.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """How the rows of a suite are shown.
+
+    Attributes:
+      title: heading of the page.
+      columns: heading -> text of the cell of a row; a row for which a column raises KeyError is left out of the
+        table and counted below it.
+      plot: draws all rows on an axis, or None.
+    """
+
+    title: str
+    columns: dict[str, Callable[[Row], str]]
+    plot: Callable[[Any, list[Row]], None] | None = None
+
+
+def table(columns: dict[str, Callable[[Row], str]], rows: Sequence[Row]) -> str:
+    """A markdown table; rows that lack what a column needs are counted below it."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    missing = 0
+    for row in rows:
+        try:
+            lines.append("| " + " | ".join(cell(row) for cell in columns.values()) + " |")
+        except KeyError:
+            missing += 1
+    if missing:
+        lines += ["", f"{missing} of {len(rows)} rows were not measured."]
+    return "\n".join(lines)
+
+
+def conditions(record: dict[str, Any]) -> str:
+    """One line on what the numbers depend on."""
+    versions = ", ".join(f"{name} {v}" for name, v in record["versions"].items() if v)
+    return (
+        f"`python -m benchmarks.run {record['suite']}`, {record['date']}, {record['machine']}, "
+        f"backend {record['backend']}, Python {record['python']}, {versions}, commit {record['commit'][:10]}."
+    )
+
+
+def milliseconds(variant: str) -> Callable[[Row], str]:
+    """Cell: median (least) milliseconds of a variant of `timing.paired`."""
+
+    def cell(row: Row) -> str:
+        seconds = row["seconds"][variant]
+        return f"{seconds['median'] * 1e3:.1f} ({seconds['min'] * 1e3:.1f})"
+
+    return cell
+
+
+def ratio(variant: str, ours: str = "ours") -> Callable[[Row], str]:
+    """Cell: how many times faster `ours` is than `variant`, by medians (by least times)."""
+
+    def cell(row: Row) -> str:
+        one, other = row["seconds"][ours], row["seconds"][variant]
+        return f"{other['median'] / one['median']:.2f} ({other['min'] / one['min']:.2f})"
+
+    return cell
+
+
+def field(name: str) -> Callable[[Row], str]:
+    """Cell: a field of the row as it stands."""
+    return lambda row: str(row[name])
+
+
+def megabytes(variant: str) -> Callable[[Row], str]:
+    """Cell: bytes of a variant in MB."""
+    return lambda row: f"{row['bytes'][variant] / 1e6:,.1f}"
+
+
+def plot_bytes(axis, rows: list[Row]) -> None:
+    """Bytes over length, one line per variant, both axes logarithmic."""
+    for variant in rows[0]["bytes"]:
+        axis.plot(
+            [row["length"] for row in rows],
+            [row["bytes"][variant] for row in rows],
+            marker="o",
+            label=variant,
+        )
+    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="temporary bytes")
+    axis.legend()
+
+
+def plot_ratios(axis, rows: list[Row]) -> None:
+    """Speed relative to each peer over length, one line per task, dtype and peer (median over groups)."""
+    points: dict[tuple[str, str, str], dict[int, list[float]]] = {}
+    for row in rows:
+        if "seconds" not in row or row["task"] == "decode":
+            continue
+        for peer in row["seconds"].keys() - {"ours"}:
+            value = row["seconds"][peer]["median"] / row["seconds"]["ours"]["median"]
+            line = points.setdefault((row["task"], row["dtype"], peer), {})
+            line.setdefault(row["length"], []).append(value)
+    for key, line in sorted(points.items()):
+        middle = [sorted(values)[len(values) // 2] for values in line.values()]
+        axis.plot(list(line), middle, marker="o", label=" ".join(key))
+    axis.axhline(1.0, color="black", linewidth=0.8)
+    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="times faster than the peer")
+    axis.legend(fontsize=6)
+
+
+REPORTS: dict[str, Report] = {
+    "attention_memory": Report(
+        title="Attention, forward and backward: scratch memory as compiled",
+        columns={
+            "T": field("length"),
+            "blockwise MB": megabytes("blockwise"),
+            "reference MB": megabytes("reference"),
+        },
+        plot=plot_bytes,
+    ),
+    "attention_cpu": Report(
+        title="Attention on a CPU: milliseconds, median (least), and how many times faster we are",
+        columns={
+            "task": field("task"),
+            "T or S": field("length"),
+            "R": field("group"),
+            "dtype": field("dtype"),
+            "ours": milliseconds("ours"),
+            "jax.nn": milliseconds("jax.nn"),
+            "torch": milliseconds("torch"),
+            "vs jax.nn": ratio("jax.nn"),
+            "vs torch": ratio("torch"),
+        },
+        plot=plot_ratios,
+    ),
+}
+
+
+def write(path: pathlib.Path) -> None:
+    """The page, and the plot, that belong to one result."""
+    record = json.loads(path.read_text())
+    report = REPORTS.get(record["suite"])
+    if report is None:
+        return
+    page = [f"# {report.title}", "", conditions(record), "", table(report.columns, record["rows"])]
+    if report.plot is not None:
+        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+        report.plot(axis, record["rows"])
+        figure.savefig(path.with_suffix(".png"), dpi=90, metadata={"Software": None})
+        plt.close(figure)
+        page += ["", f"![{report.title}]({path.with_suffix('.png').name})"]
+    path.with_suffix(".md").write_text("\n".join(page) + "\n")
+    print(f"wrote {path.with_suffix('.md').relative_to(RESULTS.parent.parent)}")
+
+
+def main() -> None:
+    """All results of all machines."""
+    for path in sorted(RESULTS.glob("*/*.json")):
+        write(path)
+
+
+if __name__ == "__main__":
+    main()
