@@ -81,6 +81,7 @@ def gated_delta_rule(
     | "chunked" | XLA, any device | bf16, fp16, fp32, fp64 | by hand, reverse mode, any order | yes | yes |
     | "reference" | XLA, any device | bf16, fp16, fp32, fp64 | automatic, forward and reverse | yes | yes |
 
+    With a decay per key channel the backward of one chunk is automatic, the scan over chunks still by hand.
     Sums, gates and states are float32 (float64 for float64 values). None takes "chunked", and the token recurrence
     for a handful of tokens. `jax.jvp`, `jax.jacfwd` and `jax.hessian` need `implementation="reference"`.
 
