@@ -289,3 +289,60 @@ def chunk_gradients(
     through = decay.whole * jnp.sum(d_state * state, (-1, -2))
     d_g = corner_sum(pairs) + suffix_from(at_reader) + prefix_before(at_writer) + through[..., None]
     return ChunkGradients(d_query, d_key, d_residual, d_g, d_beta, d_before)
+
+
+def channel_chunk(state, query, key, value, g, beta, segment, scale):
+    """One chunk with a decay per key channel, g `[z, h, C, Dk]`: `(state after it, output [z, h, n, C, Dv])`."""
+    sums = two_float_cumsum(jnp.swapaxes(g, -1, -2))
+    high, low = (jnp.swapaxes(x, -1, -2) for x in sums)
+    until = jnp.exp((high[..., -1:, :] - high) + (low[..., -1:, :] - low))
+    since = jnp.exp(high + low)
+    whole = since[..., -1, :]
+    size = g.shape[-2]
+    visible = jnp.asarray(np.tril(np.ones((size, size), bool)))[None]
+    if segment is not None:
+        visible = visible & (segment[:, :, None] == segment[:, None, :])
+        until = jnp.where((segment == segment[:, -1:])[:, None, :, None], until, 0.0)
+        since = jnp.where((segment == 0)[:, None, :, None], since, 0.0)
+        whole = since[..., -1, :]
+    pairs = lambda x: jnp.where(visible[:, None], _channel_scores(x, key, high, low), 0.0)
+
+    lower = strictly_lower(beta[..., None] * pairs(key)[:, :, None])
+    recalled = matmul("zhck,zhnkv->zhncv", since * key, state)
+    written = beta[..., None] * (value - recalled)
+    update = matmul("zhnij,zhnjv->zhniv", unit_lower_inverse(lower), written)
+    out = matmul("zhck,zhnkv->zhncv", since * query, state)
+    out += matmul("zhij,zhnjv->zhniv", pairs(query), update)
+    after = whole[:, :, None, :, None] * state
+    return after + matmul("zhck,zhncv->zhnkv", until * key, update), scale * out
+
+
+def _channel_scores(left, right, high, low):
+    """`sum_d left[i, d] right[j, d] e^(G_id - G_jd)` for i >= j, `[z, h, C, C]`; anything above the diagonal.
+
+    By blocks of 16, so that no exponent is positive: rows against earlier blocks split the decay at the block's start;
+    inside a block the exponents are formed one by one.
+    """
+    size, width = left.shape[-2], min(_BLOCK, left.shape[-2])
+    inside = jnp.asarray(np.tril(np.ones((width, width), bool)))[None, None, :, :, None]
+    rows = []
+    for begin in range(0, size, width):
+        here, ago = slice(begin, begin + width), slice(0, begin)
+        own_high, own_low = high[..., here, :], low[..., here, :]
+        exponent = own_high[..., :, None, :] - own_high[..., None, :, :]
+        exponent += own_low[..., :, None, :] - own_low[..., None, :, :]
+        decay = jnp.where(inside, jnp.exp(jnp.where(inside, exponent, 0.0)), 0.0)
+        block = [matmul("zhik,zhijk,zhjk->zhij", left[..., here, :], decay, right[..., here, :])]
+        if begin:
+            last = slice(begin - 1, begin)
+            to_here = (own_high - high[..., last, :]) + (own_low - low[..., last, :])
+            from_ago = (high[..., last, :] - high[..., ago, :]) + (
+                low[..., last, :] - low[..., ago, :]
+            )
+            entering = left[..., here, :] * jnp.exp(to_here)
+            leaving = right[..., ago, :] * jnp.exp(from_ago)
+            block.insert(0, matmul("zhik,zhjk->zhij", entering, leaving))
+        after = size - begin - width
+        row = jnp.concatenate(block, axis=-1)
+        rows.append(jnp.pad(row, ((0, 0), (0, 0), (0, 0), (0, after))))
+    return jnp.concatenate(rows, axis=-2)

@@ -81,6 +81,7 @@ def gated_delta_rule(
     | "chunked" | XLA, any device | bf16, fp16, fp32, fp64 | by hand, reverse mode, any order | yes | yes |
     | "reference" | XLA, any device | bf16, fp16, fp32, fp64 | automatic, forward and reverse | yes | yes |
 
+    With a decay per key channel the backward of one chunk is automatic, the scan over chunks still by hand.
     Sums, gates and states are float32 (float64 for float64 values). None takes "chunked", and the token recurrence
     for a handful of tokens. `jax.jvp`, `jax.jacfwd` and `jax.hessian` need `implementation="reference"`.
 
@@ -98,7 +99,7 @@ def gated_delta_rule(
       [1.0, 1.0, 1.0]
     """
     sizes = _check(query, key, value, g, beta, initial_state, segment_ids, cu_seqlens, chunk_size)
-    reasons = _reasons(sizes["T"], g, chunk_size)
+    reasons = _reasons(sizes["T"], chunk_size)
     chosen = _dispatch.resolve("gated_delta_rule", implementation, reasons)
     compute = algebra.compute_dtype(value.dtype)
     scale = float(sizes["Dk"] ** -0.5 if scale is None else scale)
@@ -116,7 +117,7 @@ def gated_delta_rule(
             use_qk_l2norm=use_qk_l2norm, segment_ids=segment_ids, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         return GatedDeltaRuleOutput(out, final)
-    plan = _plan(sizes, cu_seqlens, scale, use_qk_l2norm, chunk_size)
+    plan = _plan(sizes, cu_seqlens, scale, use_qk_l2norm, chunk_size, per_channel=g.ndim == 4)
     tokens = chunked.Tokens(query, key, value, g, beta)
     return GatedDeltaRuleOutput(
         *vjp.gated_delta_rule(
@@ -189,7 +190,7 @@ def explain_gated_delta_rule(
     """Implementation choice for `gated_delta_rule`."""
     del scale, use_qk_l2norm, implementation
     sizes = _check(query, key, value, g, beta, initial_state, segment_ids, cu_seqlens, chunk_size)
-    return _dispatch.explain("gated_delta_rule", _reasons(sizes["T"], g, chunk_size))
+    return _dispatch.explain("gated_delta_rule", _reasons(sizes["T"], chunk_size))
 
 
 def explain_gated_delta_rule_step(
@@ -205,24 +206,21 @@ def explain_gated_delta_rule_step(
 _STEP_REASONS: dict[str, str | None] = {"reference": None}
 
 
-def _reasons(length, g, chunk_size) -> dict[str, str | None]:
+def _reasons(length, chunk_size) -> dict[str, str | None]:
     order = ["chunked", "reference"]
     if length <= tuning.RECURRENT_TOKENS:
         order.reverse()
-    return {
-        name: tuning.unsupported_reason(name, per_channel=g.ndim == 4, chunk_size=chunk_size)
-        for name in order
-    }
+    return {name: tuning.unsupported_reason(name, chunk_size=chunk_size) for name in order}
 
 
-def _plan(sizes, cu_seqlens, scale, use_qk_l2norm, chunk_size) -> chunked.Plan:
+def _plan(sizes, cu_seqlens, scale, use_qk_l2norm, chunk_size, *, per_channel) -> chunked.Plan:
     sequences = None if cu_seqlens is None else sizes["sequences"]
     chunk = chunk_size or tuning.chunk_size(sizes["T"], sequences)
     count = chunked.chunk_count(sizes["T"], sequences, chunk)
-    lanes = tuning.segments(count, _dispatch.platform())
+    lanes = 1 if per_channel else tuning.segments(count, _dispatch.platform())
     return chunked.Plan(
         batch=sizes["B"], length=sizes["T"], chunk=chunk, lanes=lanes, steps=-(-count // lanes),
-        scale=scale, use_qk_l2norm=use_qk_l2norm,
+        scale=scale, use_qk_l2norm=use_qk_l2norm, per_channel=per_channel,
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ class Plan:
     steps: int
     scale: float
     use_qk_l2norm: bool
+    per_channel: bool = False  # g holds a decay per key channel; one lane only
 
 
 class Order(NamedTuple):
@@ -61,12 +62,12 @@ class Saved(NamedTuple):
     """What the backward keeps besides the inputs.
 
     Attributes:
-      inverse: `[N, z, h, n, C, C]`, T of every chunk.
+      inverse: `[N, z, h, n, C, C]`, T of every chunk; None with a decay per key channel.
       start: `[z, h, n, Dk, Dv]`, the state at the start of every lane.
       transition: `[z, h, n, Dk, Dk]`, each lane's M; None with one lane.
     """
 
-    inverse: jax.Array
+    inverse: jax.Array | None
     start: jax.Array
     transition: jax.Array | None
 
@@ -135,20 +136,24 @@ def forward(plan: Plan, order: Order, tokens: Tokens, initial_state, *, keep: bo
         state, finals = carry
         raw, place, t = xs
         state = _enter(state, place, bank)
-        q, k, v, g, beta = _load(plan, place, *raw)
-        decay = algebra.gates(g, place.segment)
-        t = algebra.chunk_inverse(k, beta, decay) if t is None else t
-        chain = algebra.advance(state, k, v, beta, decay, t)
-        out = algebra.chunk_output(state, q, k, chain.update, decay, plan.scale)
+        if plan.per_channel:
+            state, out = _channel_chunk(plan, place, state, *raw)
+        else:
+            q, k, v, g, beta = _load(plan, place, *raw)
+            decay = algebra.gates(g, place.segment)
+            t = algebra.chunk_inverse(k, beta, decay) if t is None else t
+            chain = algebra.advance(state, k, v, beta, decay, t)
+            out = algebra.chunk_output(state, q, k, chain.update, decay, plan.scale)
+            state = chain.state
         out = _unload(out).astype(tokens.value.dtype)
-        finals = _put(finals, place.last, place, chain.state)
-        return (chain.state, finals), (out, t if keep else None)
+        finals = _put(finals, place.last, place, state)
+        return (state, finals), (out, t if keep else None)
 
     (state, finals), (out, kept) = jax.lax.scan(
         step, (start, bank), (chunks, _places(order), inverse)
     )
     final = _lane(plan, state, -1) if finals is None else finals
-    saved = None if kept is None else Saved(kept, start, transition)
+    saved = Saved(kept, start, transition) if keep else None
     return _from_chunks(plan, order, out), final.reshape(initial_state.shape), saved
 
 
@@ -164,6 +169,8 @@ def backward(plan: Plan, order: Order, tokens: Tokens, initial_state, saved: Sav
     def replay(state, xs):
         raw, place, t = xs
         state = _enter(state, place, bank)
+        if plan.per_channel:
+            return _channel_chunk(plan, place, state, *raw)[0], state
         _, k, v, g, beta = _load(plan, place, *raw)
         decay = algebra.gates(g, place.segment)
         return algebra.advance(state, k, v, beta, decay, t).state, state
@@ -178,7 +185,7 @@ def backward(plan: Plan, order: Order, tokens: Tokens, initial_state, saved: Sav
             d_state = _enter(d_state, place, d_final if packed else None, at="last")
             q, k, _, g, beta = _load(plan, place, *raw)
             decay = algebra.gates(g, place.segment)
-            do = _load_out(plan, k, do)
+            do = _load_out(k.shape[1], k.dtype, do)
             d_state = algebra.retreat(do, d_state, q, k, beta, decay, t, plan.scale)[0]
             return _cut(d_state, place), None
 
@@ -193,10 +200,16 @@ def backward(plan: Plan, order: Order, tokens: Tokens, initial_state, saved: Sav
         d_state, d_bank = carry
         raw, place, t, do, state = xs
         d_state = _enter(d_state, place, d_final if packed else None, at="last")
+        if plan.per_channel:
+            chunk = lambda state, *raw: _channel_chunk(plan, place, state, *raw)
+            _, pull = jax.vjp(chunk, state, *raw)
+            d_before, *d_raw = pull((d_state, _load_out(raw[1].shape[2], state.dtype, do)))
+            d_bank = _put(d_bank, place.first, place, d_before)
+            return (_cut(d_before, place), d_bank), tuple(d_raw)
         (q, k, v, g, beta), pull = jax.vjp(lambda *raw: _load(plan, place, *raw), *raw)
         decay = algebra.gates(g, place.segment)
         grads = algebra.chunk_gradients(
-            _load_out(plan, k, do), d_state, state, q, k, v, beta, decay, t, plan.scale
+            _load_out(k.shape[1], k.dtype, do), d_state, state, q, k, v, beta, decay, t, plan.scale
         )
         d_bank = _put(d_bank, place.first, place, grads.state)
         d_raw = pull((grads.query, grads.key, grads.value, grads.g, grads.beta))
@@ -288,12 +301,16 @@ def _load(plan, place, query, key, value, g, beta):
     q, k = (jnp.moveaxis(clean(x), 1, 2) for x in (query, key))
     if plan.use_qk_l2norm:
         q, k = algebra.l2_normalize(q), algebra.l2_normalize(k)
-    return q, k, *(_by_group(clean(x), heads) for x in (value, g, beta))
+    decay = jnp.moveaxis(clean(g), 1, 2) if plan.per_channel else _by_group(clean(g), heads)
+    return q, k, _by_group(clean(value), heads), decay, _by_group(clean(beta), heads)
 
 
-def _load_out(plan, key, d_out):
-    del plan
-    return _by_group(d_out.astype(key.dtype), key.shape[1])
+def _load_out(heads, dtype, d_out):
+    return _by_group(d_out.astype(dtype), heads)
+
+
+def _channel_chunk(plan, place, state, *raw):
+    return algebra.channel_chunk(state, *_load(plan, place, *raw), place.segment, plan.scale)
 
 
 def _by_group(x, heads):

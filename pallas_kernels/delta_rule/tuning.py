@@ -32,12 +32,8 @@ def segments(num_chunks: int, platform: str) -> int:
     return max(1, math.ceil(num_chunks / _SCAN_STEPS))
 
 
-def unsupported_reason(
-    implementation: str, *, per_channel: bool, chunk_size: int | None
-) -> str | None:
+def unsupported_reason(implementation: str, *, chunk_size: int | None) -> str | None:
     """Why `implementation` cannot run a call, or None if it can."""
-    if implementation == "chunked" and per_channel:
-        return "its chunk form takes one decay per head; `g` holds one per key channel"
     if implementation == "reference" and chunk_size is not None:
         return "`chunk_size` has no meaning for the token recurrence"
     return None

@@ -26,7 +26,9 @@ def test_nasty_inputs(name, length):
 @pytest.mark.parametrize("name", [NASTY[(TODAY + i) % len(NASTY)] for i in range(2)])
 def test_nasty_inputs_over_many_chunks(name):
     strong = name in ("strong decay", "steps of -60")
-    check_truth(delta_cases.nasty_cases(TODAY, 2049)[name], strong_decay=strong)
+    # Without decay nothing forgets the float32 rounding of the state: it grows as a random walk, with sqrt(T).
+    slack = 2.0 if name in ("equal keys", "near-identical keys") else 1.0
+    check_truth(delta_cases.nasty_cases(TODAY, 2049)[name], strong_decay=strong, slack=slack)
 
 
 @pytest.mark.parametrize("name", ["equal keys", "steps of -60", "no decay"])
@@ -78,12 +80,15 @@ def test_a_segment_starts_at_every_position_of_a_chunk():
     check_truth(delta_cases.random_case(3, 65, 140, 1, 1, 8, 8, segment_ids=ids), chunk_size=64)
 
 
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
 @pytest.mark.parametrize("packing", ["rows", "segment_ids", "cu_seqlens"])
-def test_a_decay_per_key_channel(packing):
+def test_a_decay_per_key_channel(packing, implementation):
+    """Moderate decays, and channels that lose everything in one step."""
     case = packed_case(packing)
     rng = np.random.default_rng(8)
     g = -0.3 * rng.exponential(size=case.key.shape).astype(np.float32)
-    check_truth(dataclasses.replace(case, g=g.astype(np.float64)))
+    g = np.where(rng.random(g.shape) < 0.02, -60, g).astype(np.float64)
+    check_truth(dataclasses.replace(case, g=g), implementation=implementation)
 
 
 def packed_case(packing: str) -> delta_cases.Case:
