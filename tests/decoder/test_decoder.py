@@ -79,7 +79,7 @@ def test_a_step_without_lengths_is_a_step_of_full_rows():
         decoder, ids, decoder.init_cache(B, T), lengths=jnp.full((B,), 4), padding_side="right"
     )
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(full), strict=True):
-        assert_close(a, b, atol=1e-6)
+        assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_ring_caches_of_sliding_layers_change_nothing():
@@ -173,7 +173,9 @@ def test_scanned_layers_equal_a_loop_over_layers():
     real = np.asarray(segments) >= 0
     expected = decoder.with_router_statistics(ids, segment_ids=segments)
     output = scanned.with_router_statistics(ids, segment_ids=segments)
-    assert_close(output.logits[real], expected.logits[real], atol=1e-5)
+    assert_close(
+        output.logits[real], expected.logits[real], atol=1e-4
+    )  # six layers, fused differently
     for name, a, b in zip(output.router._fields, output.router, expected.router, strict=True):
         assert_close(a, b, atol=1e-4, what=name)
     for index in range(6):
@@ -194,7 +196,7 @@ def test_scanned_layers_equal_a_loop_over_layers():
             decoder, ids[:, start:stop], expected_cache, lengths=lengths
         )
         real = np.arange(stop - start)[None] < np.asarray(lengths)[:, None]
-        assert_close(logits[real], expected[real], atol=1e-5)
+        assert_close(logits[real], expected[real], atol=1e-4)  # six layers, fused differently
     for i, stack in enumerate(cache):
         rows = [expected_cache[j] for j in range(i, 6, 2)]
         for a, b in zip(
@@ -202,7 +204,7 @@ def test_scanned_layers_equal_a_loop_over_layers():
             jax.tree.leaves(jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)),
             strict=True,
         ):
-            assert_close(a, b, atol=1e-5)
+            assert_close(a, b, atol=1e-4)  # six layers, fused differently
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
