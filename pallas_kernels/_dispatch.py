@@ -4,10 +4,14 @@ An operator lists its implementations in order of preference, each with `None` (
 cannot. Nothing here catches exceptions: a choice is made before the implementation is traced.
 """
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
+
+_ASSUMED: contextvars.ContextVar[str | None] = contextvars.ContextVar("assumed", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +77,20 @@ def platform() -> str:
     return jax.default_backend()
 
 
+@contextlib.contextmanager
+def assume_compute_capability(value: str) -> Iterator[None]:
+    """Kernels are chosen for a GPU that is not there: one compiled for, or interpreted."""
+    before = _ASSUMED.set(value)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(before)
+
+
 def compute_capability() -> str | None:
-    """Compute capability of the default GPU, e.g. "9.0"; None without one."""
+    """Compute capability of the GPU that kernels are chosen for, e.g. "9.0"; None without one."""
+    if _ASSUMED.get() is not None:
+        return _ASSUMED.get()
     if platform() != "gpu":
         return None
     return getattr(jax.local_devices()[0], "compute_capability", None)

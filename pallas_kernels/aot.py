@@ -17,6 +17,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import datetime
 import fnmatch
 import importlib.metadata
 import importlib.util
@@ -36,12 +37,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels import _aot_cases
+from pallas_kernels import _aot_cases, _dispatch
 from pallas_kernels._sass import KernelFacts, parse
 
 TARGETS = pathlib.Path(__file__).parent / "targets"
 SHARED_MEMORY_BYTES = 232448  # 227 KiB: what one block may opt in to on sm_90 and sm_100
 GPUS_PER_HOST = 8
+MARKS = ("<!-- aot table: begin -->", "<!-- aot table: end -->")
 _DUMPS = ("MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_RESOURCES", "MOSAIC_GPU_DUMP_SASS")
 _COLLECTIVE = re.compile(
     r"= (?P<shape>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
@@ -156,7 +158,7 @@ def compile_program(
 
     arguments = jax.tree.map(described, arguments)
     start = time.perf_counter()
-    with _printed(_DUMPS) as printed:
+    with _printed(_DUMPS) as printed, _dispatch.assume_compute_capability(_capability(mesh)):
         compiled = jax.jit(function, **jit_options).lower(*arguments).compile()
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
@@ -172,6 +174,17 @@ def compile_program(
         temporary_bytes=memory.temp_size_in_bytes,
         collectives=_collectives(compiled.as_text() or ""),
     )
+
+
+def _capability(mesh: jax.sharding.Mesh) -> str:
+    """Compute capability of a mesh's GPUs, from the text proto of that name."""
+    kind = mesh.devices.flat[0].device_kind
+    for path in TARGETS.glob("*.txtpb"):
+        text = path.read_text()
+        found = re.search(r'platform_version: "Compute Capability ([\d.]+)a?"', text)
+        if found and f'name: "{kind}"' in text:
+            return found[1]
+    raise ValueError(f"`mesh` must come from `topology`, got devices of kind {kind!r}")
 
 
 @contextlib.contextmanager
@@ -279,6 +292,15 @@ def table(reports: list[Report]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def _replace(page: pathlib.Path, text: str) -> None:
+    """Puts `text` between the two marks of a page."""
+    before, _, rest = page.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    if not rest or not after:
+        raise SystemExit(f"{page} needs the lines {MARKS[0]} and {MARKS[1]}")
+    page.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.aot", description=__doc__)
@@ -287,6 +309,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--devices", type=int, default=1, help="GPUs; each gets its own batch")
     parser.add_argument("--case", default="*", help="pattern over the registered cases")
     parser.add_argument("--list", action="store_true", help="names of the registered cases")
+    parser.add_argument(
+        "--update", type=pathlib.Path, help="also replace the table between the marks in this page"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="also write everything to this file")
     shape = parser.add_argument_group("one shape of an operator instead of the registered cases")
     shape.add_argument("--operator", choices=sorted(_aot_cases.OPERATORS))
@@ -305,8 +330,11 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(reason)
     reports = [compile_case(c, target=arguments.target, devices=arguments.devices) for c in cases]
     versions = {p: importlib.metadata.version(p) for p in ("jax", "jaxlib")}
-    print(f"{reports[0].target} x {arguments.devices}, jax {versions['jax']}\n")
-    print(table(reports))
+    heading = f"{reports[0].target} x {arguments.devices}, jax {versions['jax']}"
+    print(f"{heading}\n\n{table(reports)}")
+    if arguments.update:
+        date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+        _replace(arguments.update, f"{heading}, {date}\n\n{table(reports)}")
     if arguments.json:
         record = {"versions": versions, "reports": [dataclasses.asdict(r) for r in reports]}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -41,6 +41,7 @@ class Inputs(NamedTuple):
 class Context(NamedTuple):
     """Arrays without gradient: `mask` as `bias` but boolean, then `[B|1, T]` and `[B|1, S]` integers.
 
+    `q_offsets`, `[B]`, says the same as the positions where every row has its own offset: for kernels that count.
     `dropout_seeds` is uint32 `[4]`: two words drawn from the key, then the index of the first batch row and of the
     first query head of these arrays in the whole computation.
     """
@@ -51,6 +52,7 @@ class Context(NamedTuple):
     query_positions: jax.Array | None = None
     kv_positions: jax.Array | None = None
     dropout_seeds: jax.Array | None = None
+    q_offsets: jax.Array | None = None
 
 
 class Tokens(NamedTuple):

@@ -8,10 +8,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import _checks, _dispatch
-from pallas_kernels.attention import algebra, cudnn, reference, tuning, vjp
+from pallas_kernels.attention import (
+    algebra,
+    cudnn,
+    mosaic_gpu_tuning,
+    reference,
+    tuning,
+    vjp,
+)
 
 CausalAlignment = Literal["upper_left", "bottom_right"]
-Implementation = Literal["blockwise", "cudnn", "reference"]
+Implementation = Literal["blockwise", "cudnn", "mosaic_gpu", "reference"]
 
 
 class AttentionOutput(NamedTuple):
@@ -95,12 +102,15 @@ def gqa_attention(
     | implementation | runs on | dtypes | memory | gradients | vmap, shard_map | deterministic |
     |---|---|---|---|---|---|---|
     | "cudnn" | NVIDIA GPU, compute capability >= 8.0 | float16, bfloat16 | O(T) | q k v | yes | no (backward) |
+    | "mosaic_gpu" | H100, H200 | float16, bfloat16 | O(T) | q k v sinks, lse | yes | yes |
     | "blockwise" | any (XLA) | all | O(T) forward and backward | all inputs, lse | yes | yes |
     | "reference" | any (XLA) | all | O(T S) | all inputs, lse, forward mode | yes | yes |
 
-    "cudnn" has only `scale`, upper-left `is_causal` and `sliding_window`. The gradient of "blockwise" can be
-    differentiated again in reverse mode (through the reference, at its memory); forward mode (`jax.jvp`,
-    `jax.hessian`) needs "reference". `pallas_kernels.explain` tells the choice and the reasons.
+    "cudnn" has only `scale`, upper-left `is_causal` and `sliding_window`. "mosaic_gpu" takes D = Dv of 64, 96, 128 or
+    256 and everything but `mask`, `bias`, positions and dropout; it was proven by interpretation and compilation, not
+    yet on a GPU, so it runs only by name. The gradients of "mosaic_gpu" and "blockwise" can be differentiated again in
+    reverse mode (through the reference, at its memory); forward mode (`jax.jvp`, `jax.hessian`) needs "reference".
+    `pallas_kernels.explain` tells the choice and the reasons.
 
     Source: grouped queries, arXiv 2305.13245 section 2; tiles and their backward, arXiv 2307.08691 section 3.1; sinks,
     arXiv 2508.10925 section 2.
@@ -185,7 +195,7 @@ def gqa_attention_qkv(
         dropout_key, dropout_offset, implementation: as for `gqa_attention`.
 
     Returns:
-      `[B, T, K * R, D]`.
+      `[B, T, K * R, D]`. "mosaic_gpu" reads the buffer in place, and writes one gradient of the same layout.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `gqa_attention`.
@@ -200,30 +210,20 @@ def gqa_attention_qkv(
     batch, length, num_kv_heads, width, head_dim = qkv.shape
     if width < 3:
         raise ValueError(f"`qkv` must have shape [B, T, K, R + 2, D] with R >= 1, got {qkv.shape}")
-    return gqa_attention(
-        qkv[:, :, :, :-2].reshape(batch, length, num_kv_heads * (width - 2), head_dim),
-        qkv[:, :, :, -2],
-        qkv[:, :, :, -1],
-        scale=scale,
-        is_causal=is_causal,
-        causal_alignment=causal_alignment,
-        q_offset=q_offset,
-        sliding_window=sliding_window,
-        mask=mask,
-        bias=bias,
-        query_segment_ids=segment_ids,
-        kv_segment_ids=segment_ids,
-        query_positions=positions,
-        kv_positions=positions,
-        query_cu_seqlens=cu_seqlens,
-        kv_cu_seqlens=cu_seqlens,
-        sinks=sinks,
-        logits_soft_cap=logits_soft_cap,
-        dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
-        dropout_offset=dropout_offset,
-        implementation=implementation,
-    )
+    options = dict(locals())
+    for name in ("segment_ids", "positions", "cu_seqlens"):
+        options[f"query_{name}"] = options[f"kv_{name}"] = options[name]
+    options = _options(options)
+    fused = vjp.Fused(qkv, sinks)
+    split = jax.eval_shape(lambda qkv: vjp.Fused(qkv).split(), qkv)
+    _check(split.query, split.key, split.value, options)
+    reasons = _reasons(split.query, split.key, split.value, options, with_lse=False)
+    chosen = _dispatch.resolve("gqa_attention_qkv", implementation, reasons)
+    if chosen == "mosaic_gpu":
+        static, context = _normal_form(split.query, split.key, options)
+        return vjp.mosaic_gpu_qkv(fused, context, static)[0]
+    query, key, value, _, _ = fused.split()
+    return gqa_attention(query, key, value, **options, implementation=implementation)
 
 
 def explain_gqa_attention(
@@ -249,16 +249,22 @@ def _options(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _reasons(query, key, value, options, *, with_lse: bool) -> dict[str, str | None]:
     """Implementations in order of preference, with why each cannot run the call."""
+    about = {
+        "dtype": query.dtype,
+        "head_dim": query.shape[-1],
+        "value_dim": value.shape[-1],
+        "options": options,
+    }
+    capability = _dispatch.compute_capability()
+    kernel = mosaic_gpu_tuning.unsupported_reason(**about, compute_capability=capability)
+    names = ["cudnn", "blockwise", "mosaic_gpu", "reference"]
+    if mosaic_gpu_tuning.preferred(capability):
+        names = ["cudnn", "mosaic_gpu", "blockwise", "reference"]
     return {
-        name: tuning.unsupported_reason(
-            name,
-            dtype=query.dtype,
-            head_dim=query.shape[-1],
-            value_dim=value.shape[-1],
-            options=options,
-            with_lse=with_lse,
-        )
-        for name in ("cudnn", "blockwise", "reference")
+        name: kernel
+        if name == "mosaic_gpu"
+        else tuning.unsupported_reason(name, **about, with_lse=with_lse)
+        for name in names
     }
 
 
@@ -271,7 +277,11 @@ def _run(operator, query, key, value, options, implementation, *, with_lse) -> A
     if chosen == "cudnn":
         # Chosen only where nobody takes the lse.
         return AttentionOutput(cudnn.attention(inputs, static), jnp.zeros(()))
-    run: Any = reference.attention if chosen == "reference" else vjp.attention
+    run: Any = {
+        "reference": reference.attention,
+        "blockwise": vjp.attention,
+        "mosaic_gpu": vjp.mosaic_gpu,
+    }[chosen]
     return AttentionOutput(*run(inputs, context, static))
 
 
@@ -287,17 +297,20 @@ def _normal_form(query, key, options) -> tuple[algebra.Options, algebra.Context]
     offset = options["q_offset"]
     if offset is None:
         offset = kv_len - q_len if bottom_right else 0
+    q_offsets = None
     if options["query_cu_seqlens"] is not None:
         q_starts, kv_starts = (
             to_int32(options["query_cu_seqlens"]),
             to_int32(options["kv_cu_seqlens"]),
         )
+        offset = 0  # positions count inside each sequence
         q_position, q_segment = algebra.packed_tokens(q_starts, q_len)
         kv_position, kv_segment = algebra.packed_tokens(kv_starts, kv_len)
         if bottom_right:
             shift = jnp.diff(kv_starts) - jnp.diff(q_starts)
             q_position = q_position + shift[q_segment]
     elif not isinstance(offset, int):
+        q_offsets = to_int32(offset)
         q_position = to_int32(offset)[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None]
         kv_position = jnp.arange(kv_len, dtype=jnp.int32)[None]
     seeds = None
@@ -313,7 +326,9 @@ def _normal_form(query, key, options) -> tuple[algebra.Options, algebra.Context]
         q_offset=offset if isinstance(offset, int) else 0,
     )
     mask = None if options["mask"] is None else jnp.asarray(options["mask"])
-    context = algebra.Context(mask, q_segment, kv_segment, q_position, kv_position, seeds)
+    context = algebra.Context(
+        mask, q_segment, kv_segment, q_position, kv_position, seeds, q_offsets
+    )
     return static, context
 
 

@@ -1,6 +1,7 @@
 """Tile sizes of the Mosaic GPU attention kernels, each with its reason, and what the kernels cannot do."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,30 +103,45 @@ def forward_candidates(*, head_dim: int, group: int) -> list[ForwardConfig]:
     return [c for c in found if c.shared_bytes(head_dim) + 2048 <= SHARED_BYTES]
 
 
+def preferred(compute_capability: str | None) -> bool:
+    """Whether `implementation=None` takes these kernels before blockwise (XLA) attention.
+
+    Not yet: the harness (`python -m benchmarks.run attention_gpu`) has not run them on a GPU, so nobody is given
+    kernels that only an interpreter and a compiler have seen. They are there by name.
+    """
+    del compute_capability
+    return False
+
+
 def unsupported_reason(
-    *, query_shape: tuple[int, ...], key_shape: tuple[int, ...], value_shape: tuple[int, ...], dtype, scale=None,
-    mask=None, bias=None, query_positions=None, dropout_rate=0.0, compute_capability: str | None = "9.0",
+    *, dtype, head_dim: int, value_dim: int, options: dict[str, Any], compute_capability: str | None
 ) -> str | None:  # fmt: skip
-    """Why the kernels cannot run a call that the operator accepts, or None."""
-    head_dim = query_shape[-1]
+    """Why the kernels cannot run a call that the operator accepts, or None.
+
+    Args:
+      dtype, head_dim, value_dim: of query and value.
+      options: the keyword arguments of `gqa_attention`.
+      compute_capability: of the GPU to run on, None without one.
+    """
     if compute_capability is None:
-        return "needs an NVIDIA GPU of compute capability 9.0 (H100, H200)"
+        return "it needs an NVIDIA GPU of compute capability 9.0 (H100, H200)"
     if compute_capability != "9.0":
-        return f"written for compute capability 9.0 (H100, H200); this GPU has {compute_capability}"
+        return (
+            f"it is written for compute capability 9.0 (H100, H200), this is {compute_capability}"
+        )
     if jnp.dtype(dtype).name not in DTYPES:
-        return f"computes in bfloat16 or float16, not {jnp.dtype(dtype).name}"
+        return f"it needs float16 or bfloat16, got {jnp.dtype(dtype).name}"
     if head_dim not in HEAD_DIMS:
-        return f"head_dim must be one of {HEAD_DIMS}, got {head_dim}"
-    if value_shape[-1] != head_dim:
-        return f"keys and values must have the same head_dim, got {head_dim} and {value_shape[-1]}"
-    if 0 in query_shape or 0 in key_shape:
-        return "needs at least one query and one key"
-    if scale is not None and not scale > 0:
-        return f"needs a positive scale, got {scale}"
-    given = {"mask": mask, "bias": bias, "query_positions": query_positions}
-    for name, value in given.items():
-        if value is not None:
-            return f"does not take `{name}`"
-    if dropout_rate:
-        return "has no dropout"
+        return f"D must be one of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
+    if value_dim != head_dim:
+        return f"it needs Dv == D, got {value_dim} and {head_dim}"
+    if options["scale"] is not None and not options["scale"] > 0:
+        return f"it needs a positive `scale`, got {options['scale']}"
+    for name in ("mask", "bias", "query_positions"):
+        if options[name] is not None:
+            return f"it has no `{name}`"
+    if options["query_cu_seqlens"] is not options["kv_cu_seqlens"]:
+        return "it needs the same array as `query_cu_seqlens` and `kv_cu_seqlens`"
+    if options["dropout_rate"] > 0.0:
+        return "it has no dropout"
     return None

@@ -66,7 +66,7 @@ def unsupported_reason(
     """Why `implementation` cannot run a request, or None if it can.
 
     Args:
-      implementation: "reference", "blockwise" or "cudnn".
+      implementation: "reference", "blockwise" or "cudnn" (`mosaic_gpu_tuning` answers for its own).
       dtype, head_dim, value_dim: of query and value.
       options: the keyword arguments of `gqa_attention`.
       with_lse: whether the caller also takes the lse.
