@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from interop.operators import gated_delta_rule_step as gated_delta_rule_step
     from interop.programs import RecompilationWarning as RecompilationWarning
     from interop.torch_function import wrap as wrap
+    from interop.torch_modules import CrossAttention as CrossAttention
+    from interop.torch_modules import GatedDeltaNet as GatedDeltaNet
+    from interop.torch_modules import JaxCache as JaxCache
+    from interop.torch_modules import KVCache as KVCache
+    from interop.torch_modules import MultiHeadAttention as MultiHeadAttention
+    from interop.torch_modules import NNXModule as NNXModule
+    from interop.torch_modules import SelfAttention as SelfAttention
 
 _HOME = {  # public name -> the module that defines it; all of them import torch
     "to_jax": "interop.dlpack",
@@ -40,6 +47,13 @@ _HOME = {  # public name -> the module that defines it; all of them import torch
     "attention": "interop.operators",
     "gated_delta_rule": "interop.operators",
     "gated_delta_rule_step": "interop.operators",
+    "CrossAttention": "interop.torch_modules",
+    "GatedDeltaNet": "interop.torch_modules",
+    "JaxCache": "interop.torch_modules",
+    "KVCache": "interop.torch_modules",
+    "MultiHeadAttention": "interop.torch_modules",
+    "NNXModule": "interop.torch_modules",
+    "SelfAttention": "interop.torch_modules",
 }
 
 

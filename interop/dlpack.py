@@ -33,6 +33,7 @@ _NARROW = {
     torch.int64: torch.int32,
     torch.uint64: torch.uint32,
 }
+_SIMPLE = {d for d in _TO_JAX if d not in _NARROW and not d.is_complex}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ALIGNMENT = 64  # bytes; XLA's CPU backend copies arrays that start elsewhere
 _forked = False
@@ -120,6 +121,26 @@ def to_jax(tensor: torch.Tensor, *, wide: Wide = "error", copy: bool | None = No
         tensor = tensor.clone()
     with _device_of(tensor):
         return _import(tensor)
+
+
+def import_plain(tensor: torch.Tensor, wide: Wide) -> jax.Array:
+    """`to_jax(tensor, wide=wide)` with one glance at what is nearly always so: dense, aligned, on the CPU."""
+    if (
+        callable(_direct_import)
+        and type(tensor) in _PLAIN
+        and tensor.dtype in _SIMPLE
+        and tensor.layout is torch.strided
+        and not tensor.is_cuda
+        and not tensor.is_meta
+        and not tensor.is_nested
+        and not is_functorch_wrapped_tensor(tensor)
+        and tensor.is_contiguous()
+        and not tensor.data_ptr() % _ALIGNMENT
+        and not _forked
+        and 1 not in tensor.shape
+    ):
+        return _direct_import(tensor)  # pyright: ignore[reportReturnType]
+    return to_jax(tensor, wide=wide)
 
 
 def to_torch(array: jax.Array, *, copy: bool | None = None) -> torch.Tensor:

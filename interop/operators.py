@@ -4,7 +4,7 @@ Same names, layouts and options; tensors where arrays were. 64-bit integers (PyT
 offsets) are cast to 32 bits.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import torch
@@ -28,7 +28,7 @@ def attention(
     *,
     scale: float | None = None,
     is_causal: bool = False,
-    causal_alignment: str = "upper_left",
+    causal_alignment: Literal["upper_left", "bottom_right"] = "upper_left",
     q_offset: int | Tensor | None = None,
     sliding_window: int | None = None,
     mask: Tensor | None = None,
@@ -156,7 +156,7 @@ def _int32(tensor: Tensor | None) -> Tensor | None:
     return tensor.to(torch.int32) if tensor is not None and tensor.dtype == torch.int64 else tensor
 
 
-def _given(**options) -> dict:
+def _given(**options) -> dict[str, Any]:
     """Without the options that are None, so that the operator's own defaults hold."""
     return {name: value for name, value in options.items() if value is not None}
 

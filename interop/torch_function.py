@@ -18,7 +18,7 @@ from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unf
 from torch import Tensor
 
 from interop import programs, structure
-from interop.dlpack import _NARROW, _PLAIN, _TO_JAX, Wide, _device_of, dtype_to_torch, to_jax
+from interop.dlpack import _NARROW, _PLAIN, _TO_JAX, Wide, _device_of, dtype_to_torch, import_plain
 from interop.programs import Owner, Program, Signature
 
 _TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.pt2_compliant_tag)
@@ -303,7 +303,7 @@ def _are_plain(tensors: Sequence[Tensor]) -> bool:
 def _run_forward(xs: Sequence[Tensor], key: str, wanted: str) -> tuple[list[Tensor], list[Tensor]]:
     program = programs.find(key)
     with _place(xs), _x64(xs):
-        arrays = [to_jax(x, wide=program.wide) for x in xs]
+        arrays = [import_plain(x, program.wide) for x in xs]
         outs, residuals = (
             program.saving(wanted)(*arrays) if wanted else (program.plain(*arrays), ())
         )
@@ -316,7 +316,7 @@ def _run_backward(xs, outs, residuals, cotangents, key: str, wanted: str) -> lis
         recipe, pull_back = program.backward(wanted, _signature(xs, program))
         used = [*(xs[i] for i in recipe.indices("in")), *outs, *residuals, *cotangents]
         return [
-            torch.from_dlpack(g) for g in pull_back(*[to_jax(x, wide=program.wide) for x in used])
+            torch.from_dlpack(g) for g in pull_back(*[import_plain(x, program.wide) for x in used])
         ]
 
 
