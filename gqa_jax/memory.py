@@ -112,6 +112,10 @@ def required_bytes(
 
 def _layers(config: DecoderConfig, policy: Policy, chunk_size: int | None):
     """`(config, policy, chunk_size)` of every layer."""
+    if policy == "ring" and "sliding_attention" not in config.layers:
+        windowed = config.attention is not None and config.attention.sliding_window is not None
+        if not windowed:
+            raise ValueError("`policy` must not be 'ring' for a decoder without sliding windows")
     for index, kind in enumerate(config.layers):
         if kind == "linear_attention":
             assert config.gated_deltanet is not None

@@ -11,6 +11,7 @@ from flax import nnx
 
 from gqa_jax import (
     AttentionConfig,
+    Decoder,
     DecoderConfig,
     GatedDeltaNet,
     GatedDeltaNetConfig,
@@ -72,8 +73,10 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("chunk_size", [None, 1])
+CASES = [(schedule, None) for schedule in SCHEDULES] + [("ragged", 1), ("longer than the ring", 1)]
+
+
+@pytest.mark.parametrize("schedule, chunk_size", CASES)
 def test_ring_equals_full_cache_with_a_window(schedule, chunk_size):
     layer, sizes = build(WINDOWED), SCHEDULES[schedule]
     x = draw(3, 2, sum(sizes), 24)
@@ -81,8 +84,9 @@ def test_ring_equals_full_cache_with_a_window(schedule, chunk_size):
     assert ring.capacity == (8 if chunk_size == 1 else 23)
     out, ring = run(layer, ring, x, sizes)
     assert_close(out, layer(x), atol=2e-5, what="ring against the whole row")
-    full, _ = run(layer, layer.init_cache(2, 128), x, sizes)
-    assert_close(out, full, atol=2e-5, what="ring against the full cache")
+    if schedule == "ragged":
+        full, _ = run(layer, layer.init_cache(2, 128), x, sizes)
+        assert_close(out, full, atol=2e-5, what="ring against the full cache")
     assert ring.length.tolist() == [sum(sizes)] * 2
 
 
@@ -317,6 +321,34 @@ def test_required_bytes_equal_what_is_allocated(policy, dtype):
     ]
     total = allocated([state, *layers])
     assert required_bytes(HYBRID, **sizes, policy=policy, dtype=dtype) == total
+    if dtype == jnp.float32:
+        for scan in (False, True):
+            config = dataclasses.replace(HYBRID, layers=HYBRID.layers * 2, scan_layers=scan)
+            make = lambda config=config: Decoder(config, rngs=nnx.Rngs(0)).init_cache(
+                3, 40, policy=policy
+            )
+            caches = jax.eval_shape(make)
+            predicted = required_bytes(config, **sizes, policy=policy)
+            assert predicted == tree_bytes(caches) == 2 * total
+
+
+@pytest.mark.parametrize("policy", ["full", "int8"])
+def test_a_padded_step_may_end_at_the_last_slot(policy):
+    """Two real tokens fit, though the two of padding behind them would not."""
+    layer, x = build(WINDOWED), draw(0, 2, 12, 24)
+    _, cache = run(layer, layer.init_cache(2, 12, policy=policy), x, [10])
+    padded = jnp.concatenate([x[:, 10:], 9.0 * jnp.ones((2, 2, 24))], axis=1)
+    got, cache = layer.step(padded, cache, lengths=jnp.asarray([2, 1]))
+    expected, _ = run(layer, layer.init_cache(2, 12, policy=policy), x, [12])
+    assert_close(got[0, :2], expected[0, 10:], atol=2e-5)
+    assert_close(got[1, :1], expected[1, 10:11], atol=2e-5)
+    assert cache.length.tolist() == [12, 11]
+
+
+def test_a_ring_needs_a_window_somewhere_in_a_decoder():
+    config = dataclasses.replace(HYBRID, layers=("full_attention",))
+    with pytest.raises(ValueError, match="`policy` must not be 'ring' for a decoder without"):
+        required_bytes(config, batch_size=1, max_length=4, policy="ring")
 
 
 def test_required_bytes_by_hand():
