@@ -116,6 +116,9 @@ class Block(NamedTuple):
 
 def locate(shapes: Shapes, inputs: Inputs, tiles, rows: int, block: int) -> Block:
     batch, head, tile = (lax.axis_index(name) for name in ("batch", "heads", "tile"))
+    if tiles is masks.key_tiles:
+        # Longest first: with a causal mask the last queries see most keys (and the first keys are seen most).
+        tile = (-(-shapes.mask.q_len // rows) - 1) - tile
     offset = inputs.offsets[batch] if shapes.mask.offset is None else shapes.mask.offset
     bounds = None
     if shapes.mask.segments:

@@ -4,24 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention import reference
-
-DEFAULTS = {
-    "is_causal": False,
-    "causal_alignment": "upper_left",
-    "q_offset": None,
-    "sliding_window": None,
-    "mask": None,
-    "bias": None,
-    "query_segment_ids": None,
-    "kv_segment_ids": None,
-    "query_positions": None,
-    "kv_positions": None,
-    "sinks": None,
-    "logits_soft_cap": None,
-    "dropout_rate": 0.0,
-    "dropout_key": None,
-}
+import pallas_kernels as pk
 
 
 def inputs(seed, *, q_len, kv_len=None, batch=1, heads=1, kv_heads=1, dim=64, dtype=jnp.bfloat16):
@@ -43,13 +26,12 @@ def packed_ids(seed, batch, length, documents=3, padding=True):
     return jnp.asarray(ids, jnp.int32)
 
 
-def truth(query, key, value, *, scale, offset=None, **options):
+def truth(query, key, value, *, offset=None, **options):
     """The reference in float32: `(out, lse)`."""
-    options = DEFAULTS | options
-    if offset is not None:
-        options["q_offset"] = offset
-    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    return reference.attention(query, key, value, scale=scale, **options)
+    arrays = (x.astype(jnp.float32) for x in (query, key, value))
+    return tuple(
+        pk.gqa_attention_with_lse(*arrays, q_offset=offset, implementation="reference", **options)
+    )
 
 
 def gradients(query, key, value, cotangent, *, sinks=None, lse_cotangent=None, **options):
