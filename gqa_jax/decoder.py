@@ -97,13 +97,11 @@ class Decoder(nnx.Module):
           dtype: dtype of the computation; None means that of the parameters.
           param_dtype: dtype of the parameters (decay parameters of Gated DeltaNet are always float32).
           axes: names of the mesh axes that calls run on; None for one device.
-          context_parallel: how, where `axes.seq` splits the tokens; then tokens come from
-            `context_parallel.to_layout`, and `positions` with them.
+          context_parallel: how, where `axes.seq` splits the tokens, which then come from `to_layout`.
           logits_dtype: the output projection accumulates and returns this; None means `dtype`, as Hugging Face.
 
         Raises:
-          ValueError: `config.scan_layers` and layers that do not repeat; one of `axes.seq` and `context_parallel`
-            without the other.
+          ValueError: `config.scan_layers` and layers that do not repeat; `axes.seq` without `context_parallel`.
         """
         tensor_parallel.check_layer(axes, context_parallel)
         self.axes, self.context_parallel = axes, context_parallel
@@ -314,10 +312,7 @@ class Decoder(nnx.Module):
                 )
             real = segment_ids >= 0
             if positions is None:
-                if self.context_parallel is not None:
-                    raise ValueError(
-                        "`positions` must be given with `segment_ids` under context parallelism, got None"
-                    )
+                tensor_parallel.check_positions(self.context_parallel)
                 positions = positions_in_segments(segment_ids)
         check_token_range(tokens, self.config.vocab_size, real)
         if positions is not None and positions.shape not in (tokens.shape, (3, *tokens.shape)):

@@ -232,7 +232,7 @@ class GatedDeltaNet(nnx.Module):
 
     def _run(
         self, x: Array, conv: Array | None, state: Array | None, segment_ids: Array | None
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, Any, Array]:
         config = self.config
         batch, length = x.shape[:2]
         key_dim, value_dim = config.key_head_dim, config.value_head_dim

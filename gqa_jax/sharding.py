@@ -216,9 +216,9 @@ def parameter_spec(
     Raises:
       ValueError: no rule for the path (nothing is replicated in silence), or a size that its axes do not divide.
     """
-    for suffix, spec in (overrides or {}).items():
+    for suffix, given in (overrides or {}).items():
         if path == suffix or path.endswith("." + suffix):
-            return spec
+            return given
     if not shape:
         return PartitionSpec()
     rule = _rule(path)

@@ -30,7 +30,7 @@ def context_attention_with_lse(
     scale: float | None = None,
     sinks: Float[Array, "N"] | None = None,
     logits_soft_cap: float | None = None,
-    implementation: str | None = None,
+    implementation: Any = None,
 ) -> AttentionOutput:
     """Grouped-query attention over the tokens of all devices along an axis. Call it inside `shard_map`.
 

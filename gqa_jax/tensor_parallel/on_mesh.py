@@ -25,6 +25,14 @@ def check_layer(axes: MeshAxes | None, context_parallel: ContextParallel | None)
         )
 
 
+def check_positions(context_parallel: ContextParallel | None) -> None:
+    """Raises `ValueError` where positions in packed rows would be counted on a part of the row."""
+    if context_parallel is not None:
+        raise ValueError(
+            "`positions` must be given with `segment_ids` under context parallelism, got None"
+        )
+
+
 def on_mesh(
     layer: Any,
     body: Callable[..., tuple[Array, Any]],
