@@ -12,12 +12,8 @@ from gqa_jax.attention import SelfAttention
 from gqa_jax.cache import AttentionCache, GatedDeltaNetState, Policy
 from gqa_jax.config import DecoderConfig
 from gqa_jax.context_parallel import ContextParallel
-from gqa_jax.decoder_checks import (
-    check_cache,
-    check_token_range,
-    check_token_shape,
-    pattern_length,
-)
+from gqa_jax.decoder_checks import check_cache, check_token_range, check_token_shape
+from gqa_jax.decoder_checks import pattern_length as pattern_length
 from gqa_jax.decoder_layer import DecoderLayer, Embedding
 from gqa_jax.gated_deltanet import GatedDeltaNet
 from gqa_jax.masks import positions_in_segments
