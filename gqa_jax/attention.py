@@ -9,12 +9,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from gqa_jax import qk_clip
+from gqa_jax import qk_clip, tensor_parallel
 from gqa_jax.cache import AttentionCache, Policy, allocate, check_step
 from gqa_jax.config import AttentionConfig
+from gqa_jax.context_parallel import ContextParallel, context_attention
 from gqa_jax.norms import L2Norm, RMSNorm
 from gqa_jax.projection import Projection
 from gqa_jax.rotary import apply_rotary, rotary_tables
+from gqa_jax.sharding import MeshAxes
 from pallas_kernels import gqa_attention, gqa_attention_qkv
 
 
@@ -73,6 +75,8 @@ class SelfAttention(nnx.Module):
         rngs: nnx.Rngs,
         dtype=None,
         param_dtype=jnp.float32,
+        axes: MeshAxes | None = None,
+        context_parallel: ContextParallel | None = None,
         qkv: Callable | None = None,
         out: Callable | None = None,
         q_norm: Callable | None = None,
@@ -85,15 +89,20 @@ class SelfAttention(nnx.Module):
           rngs: the `params` stream initialises the kernels.
           dtype: dtype of the computation; None takes what inputs and parameters promote to.
           param_dtype: dtype of the parameters.
+          axes: names of the mesh axes that calls run on; None for one device.
+          context_parallel: how, where `axes.seq` splits the tokens.
           qkv: an NNX module or callable in place of ours, `[B, T, M] -> [B, T, K, R + 2 (or 2R + 2), D]`.
           out: the same, `[B, T, K, R, D] -> [B, T, M]`.
           q_norm, k_norm: the same, `[B, T, heads, D] -> [B, T, heads, D]`, applied where the config says.
 
         Raises:
-          ValueError: one norm without the other, or norms while `config.qk_norm` is "none".
+          ValueError: one norm without the other, norms while `config.qk_norm` is "none", or one of `axes.seq` and
+            `context_parallel` without the other.
         """
         check_injected_norms(config, q_norm, k_norm)
+        tensor_parallel.check_layer(axes, context_parallel)
         self.config = config
+        self.axes, self.context_parallel = axes, context_parallel
         self.dtype, self.param_dtype = dtype, param_dtype
         groups, per_group = config.num_kv_heads, config.q_per_kv
         width = per_group * (2 if config.output_gate else 1) + 2
@@ -157,6 +166,16 @@ class SelfAttention(nnx.Module):
             raise ValueError(
                 f"`dropout_key` must be given when deterministic=False and dropout_rate={dropout_rate}"
             )
+        if self.axes is not None:
+            return tensor_parallel.self_attention(
+                self,
+                x,
+                positions=positions,
+                segment_ids=segment_ids,
+                mask=mask,
+                dropout_rate=dropout_rate,
+                split_qkv=split_qkv,
+            )
         options: dict[str, Any] = dict(
             is_causal=config.is_causal,
             mask=mask,
@@ -170,14 +189,26 @@ class SelfAttention(nnx.Module):
                 positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
             query, key, value, gate = self.project(x, positions)
             self._record_max_logits(query, key, segment_ids, mask)
-            out = gqa_attention(
-                query,
-                key,
-                value,
-                query_segment_ids=segment_ids,
-                kv_segment_ids=segment_ids,
-                **options,
-            )
+            if self.context_parallel is None:
+                out = gqa_attention(
+                    query,
+                    key,
+                    value,
+                    query_segment_ids=segment_ids,
+                    kv_segment_ids=segment_ids,
+                    **options,
+                )
+            else:
+                out = context_attention(
+                    query,
+                    key,
+                    value,
+                    context_parallel=self.context_parallel,
+                    positions=positions if self.context_parallel.layout == "positions" else None,
+                    segment_ids=segment_ids,
+                    is_causal=config.is_causal,
+                    **self._logit_options(),
+                )
         else:
             self._check_fused(positions)
             fused = checkpoint_name(self.qkv(x), "qkv")
@@ -248,6 +279,8 @@ class SelfAttention(nnx.Module):
             rows that overflow return NaN instead.
         """
         check_step(x, cache, lengths)
+        if self.axes is not None:
+            return tensor_parallel.step(self, x, cache, lengths=lengths, positions=positions)
         batch, num_new = x.shape[:2]
         start = cache.length
         if lengths is None:

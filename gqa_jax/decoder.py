@@ -7,16 +7,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from gqa_jax import tensor_parallel
 from gqa_jax.attention import SelfAttention
 from gqa_jax.cache import AttentionCache, GatedDeltaNetState, Policy
 from gqa_jax.config import DecoderConfig
+from gqa_jax.context_parallel import ContextParallel
 from gqa_jax.decoder_checks import check_cache, check_token_range, check_token_shape
+from gqa_jax.decoder_checks import pattern_length as pattern_length
 from gqa_jax.decoder_layer import DecoderLayer, Embedding
 from gqa_jax.gated_deltanet import GatedDeltaNet
 from gqa_jax.masks import positions_in_segments
 from gqa_jax.moe import RouterStatistics
 from gqa_jax.norms import RMSNorm
 from gqa_jax.projection import Projection
+from gqa_jax.sharding import MeshAxes
 
 LayerCache = AttentionCache | GatedDeltaNetState
 DecoderCache = tuple[LayerCache, ...]
@@ -44,22 +48,6 @@ class DecoderOutput(NamedTuple):
 
     logits: Array
     router: RouterStatistics
-
-
-def pattern_length(config: DecoderConfig) -> int:
-    """Length of the shortest run of layers that, repeated, gives all of them.
-
-    Raises:
-      ValueError: there is none shorter than the whole.
-    """
-    kinds = [(kind, config.is_moe(i)) for i, kind in enumerate(config.layers)]
-    for length in range(1, len(kinds) // 2 + 1):
-        if len(kinds) % length == 0 and kinds == kinds[:length] * (len(kinds) // length):
-            return length
-    raise ValueError(
-        "`layers` (and `moe_layers`) must repeat a pattern at least twice when `scan_layers=True`, "
-        f"got {config.layers}" + ("" if config.moe_layers is None else f" and {config.moe_layers}")
-    )
 
 
 class Decoder(nnx.Module):
@@ -94,6 +82,8 @@ class Decoder(nnx.Module):
         dtype=None,
         param_dtype=jnp.float32,
         logits_dtype=None,
+        axes: MeshAxes | None = None,
+        context_parallel: ContextParallel | None = None,
     ):
         """Builds the decoder.
 
@@ -102,18 +92,30 @@ class Decoder(nnx.Module):
           rngs: the `params` stream initialises the parameters.
           dtype: dtype of the computation; None means that of the parameters.
           param_dtype: dtype of the parameters (decay parameters of Gated DeltaNet are always float32).
+          axes: names of the mesh axes that calls run on; None for one device.
+          context_parallel: how, where `axes.seq` splits the tokens, which then come from `to_layout`.
           logits_dtype: the output projection accumulates and returns this; None means `dtype`, as Hugging Face.
 
         Raises:
-          ValueError: `config.scan_layers` and layers that do not repeat.
+          ValueError: `config.scan_layers` and layers that do not repeat; `axes.seq` without `context_parallel`.
         """
+        tensor_parallel.check_layer(axes, context_parallel)
+        self.axes, self.context_parallel = axes, context_parallel
         self.config = config
         self.logits_dtype = logits_dtype
         common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.embed = Embedding(config.vocab_size, config.model_dim, **common)
+        self.embed = Embedding(config.vocab_size, config.model_dim, axes=axes, **common)
 
         def layer(index: int, rngs: nnx.Rngs) -> DecoderLayer:
-            return DecoderLayer(config, index, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+            return DecoderLayer(
+                config,
+                index,
+                rngs=rngs,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                axes=axes,
+                context_parallel=context_parallel,
+            )
 
         if config.scan_layers:
             self.pattern = pattern_length(config)
@@ -165,7 +167,7 @@ class Decoder(nnx.Module):
           TypeError, ValueError: naming the argument.
         """
         x, _ = self._hidden(tokens, positions, segment_ids, deterministic, dropout_key)
-        return self._logits(x)
+        return self._logits(x, self.axes)
 
     def with_router_statistics(
         self,
@@ -185,7 +187,7 @@ class Decoder(nnx.Module):
             raise ValueError("`config.moe` must be given for router statistics, got None")
         x, router = self._hidden(tokens, positions, segment_ids, deterministic, dropout_key)
         assert router is not None
-        return DecoderOutput(self._logits(x), router)
+        return DecoderOutput(self._logits(x, self.axes), router)
 
     def init_cache(
         self, batch_size: int, max_length: int, *, dtype=None, policy: Policy = "full"
@@ -260,7 +262,7 @@ class Decoder(nnx.Module):
                 tokens = _roll(tokens, index - lengths[:, None])
             real = index < lengths[:, None]
         check_token_range(tokens, self.config.vocab_size, real)
-        x = self.embed(_replace_padding(tokens, real))
+        x = tensor_parallel.for_steps(self.embed)(_replace_padding(tokens, real))
         if self.config.scan_layers:
             x, cache = self._scan_step(x, cache, lengths)
         else:
@@ -274,7 +276,8 @@ class Decoder(nnx.Module):
             x = _roll(x, last[:, None] - 1)
         elif lengths is not None and padding_side == "left":
             x = _roll(x, index + lengths[:, None])
-        return StepOutput(self._logits(x), cache)
+        axes = None if self.axes is None else self.axes.without_seq
+        return StepOutput(self._logits(x, axes), cache)
 
     def layer(self, index: int) -> DecoderLayer:
         """Layer `index` of the model; with `scan_layers`, a copy of its row of the stack.
@@ -305,6 +308,7 @@ class Decoder(nnx.Module):
                 )
             real = segment_ids >= 0
             if positions is None:
+                tensor_parallel.check_positions(self.context_parallel)
                 positions = positions_in_segments(segment_ids)
         check_token_range(tokens, self.config.vocab_size, real)
         if positions is not None and positions.shape not in (tokens.shape, (3, *tokens.shape)):
@@ -367,12 +371,15 @@ class Decoder(nnx.Module):
         index = jnp.arange(self._repeats, dtype=jnp.int32)
         return jax.lax.scan(body, (x, cache), (index, self.layers))[0]
 
-    def _logits(self, x: Array) -> Array:
+    def _logits(self, x: Array, axes: MeshAxes | None) -> Array:
         x = self.norm(x)
         if self.lm_head is None:
             kernel, spec = self.embed.embedding[...], "btm,vm->btv"
         else:
             kernel, spec = self.lm_head.kernel[...], "btm,mv->btv"
+        if axes is not None:
+            tied, dtype = self.lm_head is None, self.logits_dtype
+            return tensor_parallel.logits(x, kernel, axes, tied=tied, dtype=dtype)
         dtype = self.logits_dtype or x.dtype
         return jnp.einsum(spec, x, kernel.astype(x.dtype), preferred_element_type=dtype)
 

@@ -7,6 +7,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
+from gqa_jax.config import DecoderConfig
+
 
 def check_token_shape(tokens: Any) -> None:
     """Raises unless `tokens` is an integer array `[B, T]` with T >= 1."""
@@ -68,3 +70,19 @@ def check_cache(cache: tuple, num_entries: int, tokens: Array, lengths: Array | 
             raise ValueError(
                 f"`cache` must hold {needed} tokens after this step, got capacity {limit}"
             )
+
+
+def pattern_length(config: DecoderConfig) -> int:
+    """Length of the shortest run of layers that, repeated, gives all of them.
+
+    Raises:
+      ValueError: there is none shorter than the whole.
+    """
+    kinds = [(kind, config.is_moe(i)) for i, kind in enumerate(config.layers)]
+    for length in range(1, len(kinds) // 2 + 1):
+        if len(kinds) % length == 0 and kinds == kinds[:length] * (len(kinds) // length):
+            return length
+    raise ValueError(
+        "`layers` (and `moe_layers`) must repeat a pattern at least twice when `scan_layers=True`, "
+        f"got {config.layers}" + ("" if config.moe_layers is None else f" and {config.moe_layers}")
+    )

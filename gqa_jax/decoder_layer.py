@@ -7,12 +7,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from gqa_jax import tensor_parallel
 from gqa_jax.attention import SelfAttention
 from gqa_jax.config import DecoderConfig
+from gqa_jax.context_parallel import ContextParallel
 from gqa_jax.gated_deltanet import GatedDeltaNet
 from gqa_jax.mlp import MLP
 from gqa_jax.moe import MoE, RouterStatistics
 from gqa_jax.norms import RMSNorm
+from gqa_jax.sharding import MeshAxes
 
 
 class Embedding(nnx.Module):
@@ -22,13 +25,25 @@ class Embedding(nnx.Module):
       embedding: `[V, M]`.
     """
 
-    def __init__(self, num: int, dim: int, *, rngs: nnx.Rngs, dtype=None, param_dtype=jnp.float32):
+    def __init__(
+        self,
+        num: int,
+        dim: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype=None,
+        param_dtype=jnp.float32,
+        axes: MeshAxes | None = None,
+    ):
         self.dtype = dtype
+        self.axes = axes
         draw = 0.02 * jax.random.normal(rngs.params(), (num, dim), jnp.float32)
         self.embedding = nnx.Param(draw.astype(param_dtype))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
         """Rows of the table; NaN for ids outside it (where they cannot be refused, inside `jit`)."""
+        if self.axes is not None:
+            return tensor_parallel.embed(self, tokens)
         table = self.embedding[...]
         tokens = jnp.where(tokens < 0, table.shape[0], tokens)  # or they would count from the end
         return (
@@ -46,18 +61,28 @@ class DecoderLayer(nnx.Module):
     """
 
     def __init__(
-        self, config: DecoderConfig, index: int, *, rngs: nnx.Rngs, dtype=None, param_dtype
+        self,
+        config: DecoderConfig,
+        index: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype=None,
+        param_dtype,
+        axes: MeshAxes | None = None,
+        context_parallel: ContextParallel | None = None,
     ):
-        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.any_order = context_parallel is not None and context_parallel.layout == "positions"
+        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, axes=axes)
+        spread: dict[str, Any] = dict(context_parallel=context_parallel, **common)
         norm: dict[str, Any] = dict(
             eps=config.norm_eps, zero_centred=config.norm_zero_centred, param_dtype=param_dtype
         )
         self.mixer_norm = RMSNorm(config.model_dim, **norm)
         if config.layers[index] == "linear_attention":
             assert config.gated_deltanet is not None  # DecoderConfig has checked
-            self.mixer = GatedDeltaNet(config.gated_deltanet, **common)
+            self.mixer = GatedDeltaNet(config.gated_deltanet, **spread)
         else:
-            self.mixer = SelfAttention(config.attention_at(index), **common)
+            self.mixer = SelfAttention(config.attention_at(index), **spread)
         self.mlp_norm = RMSNorm(config.model_dim, **norm)
         if config.is_moe(index):
             assert config.moe is not None
@@ -78,7 +103,8 @@ class DecoderLayer(nnx.Module):
         """The layer over whole rows, and the router's statistics of a mixture."""
         normed = self.mixer_norm(x)
         if isinstance(self.mixer, GatedDeltaNet):
-            mixed = self.mixer(normed, segment_ids=segment_ids)
+            places = positions if self.any_order else None
+            mixed = self.mixer(normed, positions=places, segment_ids=segment_ids)
         else:
             mixed = self.mixer(
                 normed,
@@ -100,4 +126,4 @@ class DecoderLayer(nnx.Module):
         """Advances the mixer's cache by T tokens."""
         mixed, cache = self.mixer.step(self.mixer_norm(x), cache, lengths=lengths)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), cache
+        return x + tensor_parallel.for_steps(self.mlp)(self.mlp_norm(x)), cache

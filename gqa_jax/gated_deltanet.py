@@ -1,6 +1,7 @@
 """Gated DeltaNet (arXiv 2412.06464): short convolution, gated delta rule, gated norm."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,18 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from gqa_jax import tensor_parallel
 from gqa_jax.cache import GatedDeltaNetState, check_step
 from gqa_jax.config import GatedDeltaNetConfig
+from gqa_jax.context_parallel import (
+    ContextParallel,
+    context_causal_conv1d,
+    context_gated_delta_rule,
+)
 from gqa_jax.masks import right_padding_segment_ids
 from gqa_jax.norms import GatedRMSNorm
 from gqa_jax.projection import Projection
+from gqa_jax.sharding import MeshAxes
 from pallas_kernels import causal_conv1d, gated_delta_rule, gated_delta_rule_step
 
 MAX_DECODE_TOKENS = 8  # what `gated_delta_rule_step` takes; longer steps are prefill
@@ -37,21 +45,34 @@ class DepthwiseConv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels, param_dtype)) if use_bias else None
 
     def __call__(
-        self, x: Array, *, initial_state: Array | None, segment_ids: Array | None
-    ) -> tuple[Array, Array]:
-        """SiLU(conv(x)) of `[B, T, Hk, F]`, and the `[B, W, Hk, F]` inputs that a continuation needs."""
+        self,
+        x: Array,
+        *,
+        initial_state: Array | None,
+        segment_ids: Array | None,
+        context_parallel: ContextParallel | None = None,
+    ) -> tuple[Array, Array | None]:
+        """SiLU(conv(x)) of `[B, T, Hk, F]`, and the `[B, W, Hk, F]` inputs that a continuation needs.
+
+        Over rows that are spread over devices (`context_parallel`) there is no continuation, and None.
+        """
         width, heads, channels = self.kernel.shape
         flat = heads * channels
-        if initial_state is not None:
-            initial_state = initial_state.reshape(-1, width, flat).astype(x.dtype)
-        out, final = causal_conv1d(
+        inputs = (
             x.reshape(*x.shape[:2], flat),
             self.kernel[...].reshape(width, flat).astype(x.dtype),
+        )
+        options: dict[str, Any] = dict(
             bias=None if self.bias is None else self.bias[...].reshape(flat).astype(x.dtype),
             activation="silu",
-            initial_state=initial_state,
             segment_ids=segment_ids,
         )
+        if context_parallel is not None:
+            out = context_causal_conv1d(*inputs, context_parallel=context_parallel, **options)
+            return out.reshape(x.shape), None
+        if initial_state is not None:
+            initial_state = initial_state.reshape(-1, width, flat).astype(x.dtype)
+        out, final = causal_conv1d(*inputs, initial_state=initial_state, **options)
         return out.reshape(x.shape), final.reshape(-1, width, heads, channels)
 
 
@@ -71,10 +92,19 @@ class GatedDeltaNet(nnx.Module):
     """
 
     def __init__(
-        self, config: GatedDeltaNetConfig, *, rngs: nnx.Rngs, dtype=None, param_dtype=jnp.float32
+        self,
+        config: GatedDeltaNetConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=None,
+        param_dtype=jnp.float32,
+        axes: MeshAxes | None = None,
+        context_parallel: ContextParallel | None = None,
     ):
         """Builds the layer; arguments as for `SelfAttention`."""
+        tensor_parallel.check_layer(axes, context_parallel)
         self.config = config
+        self.axes, self.context_parallel = axes, context_parallel
         heads, per_key = config.num_key_heads, config.v_per_key
         key_dim, value_dim = config.key_head_dim, config.value_head_dim
         common = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
@@ -104,12 +134,14 @@ class GatedDeltaNet(nnx.Module):
         self,
         x: Float[Array, "B T M"],
         *,
+        positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T M"]:
         """The layer over whole rows, each from an empty state.
 
         Args:
           x: `[B, T, M]`.
+          positions: `[B, T]`, places in the row; for context parallelism with layout "positions" only.
           segment_ids: `[B, T]`; convolution and state start anew where the id changes; negative ids are padding,
             on either side of a row.
 
@@ -120,6 +152,14 @@ class GatedDeltaNet(nnx.Module):
           ValueError: shapes that do not fit.
         """
         self._check_width(x)
+        if self.axes is not None:
+            return tensor_parallel.gated_deltanet(
+                self, x, positions=positions, segment_ids=segment_ids
+            )
+        if positions is not None:
+            raise ValueError(
+                "`positions` must be None without context parallelism: the layer goes by order"
+            )
         out, _, _ = self._run(x, None, None, segment_ids)
         return out
 
@@ -172,6 +212,8 @@ class GatedDeltaNet(nnx.Module):
         """
         check_step(x, cache, lengths)
         self._check_width(x)
+        if self.axes is not None:
+            return tensor_parallel.step(self, x, cache, lengths=lengths)
         batch, num_new = x.shape[:2]
         segment_ids = None
         if lengths is None:
@@ -190,14 +232,19 @@ class GatedDeltaNet(nnx.Module):
 
     def _run(
         self, x: Array, conv: Array | None, state: Array | None, segment_ids: Array | None
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, Any, Array]:
         config = self.config
         batch, length = x.shape[:2]
         key_dim, value_dim = config.key_head_dim, config.value_head_dim
         values = config.v_per_key * value_dim
         projected = checkpoint_name(self.in_proj(x), "qkv")  # [B, T, Hk, q | k | v | z]
         mixed, gate = projected[..., :-values], projected[..., -values:]
-        mixed, conv = self.conv(mixed, initial_state=conv, segment_ids=segment_ids)
+        mixed, conv = self.conv(
+            mixed,
+            initial_state=conv,
+            segment_ids=segment_ids,
+            context_parallel=self.context_parallel,
+        )
         query, key = mixed[..., :key_dim], mixed[..., key_dim : 2 * key_dim]
         per_value_head = (batch, length, config.num_value_heads, value_dim)
         value = mixed[..., 2 * key_dim :].reshape(per_value_head)
@@ -208,17 +255,17 @@ class GatedDeltaNet(nnx.Module):
                 g, beta = (jnp.where(pads, jnp.zeros((), v.dtype), v) for v in (g, beta))
             result = gated_delta_rule_step(query, key, value, g, beta, state, use_qk_l2norm=True)
         else:
-            result = gated_delta_rule(
-                query,
-                key,
-                value,
-                g,
-                beta,
+            options: dict[str, Any] = dict(
                 initial_state=state,
                 segment_ids=segment_ids,
                 use_qk_l2norm=True,
                 chunk_size=config.chunk_size,
             )
+            if self.context_parallel is None:
+                result = gated_delta_rule(query, key, value, g, beta, **options)
+            else:
+                options["context_parallel"] = self.context_parallel
+                result = context_gated_delta_rule(query, key, value, g, beta, **options)
         out = checkpoint_name(result.out, "core_attention")
         out = checkpoint_name(self.norm(out, gate.reshape(per_value_head)), "norm_out")
         out = out.reshape(batch, length, config.num_key_heads, config.v_per_key, value_dim)

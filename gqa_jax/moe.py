@@ -12,9 +12,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from gqa_jax import tensor_parallel
 from gqa_jax.config import MoEConfig
 from gqa_jax.mlp import MLP, swiglu
 from gqa_jax.projection import Projection
+from gqa_jax.sharding import MeshAxes
 
 
 class RouterStatistics(NamedTuple):
@@ -118,8 +120,10 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
         dtype=None,
         param_dtype=jnp.float32,
+        axes: MeshAxes | None = None,
     ):
         """Builds the block: its config and M, then as for `SelfAttention`."""
+        self.axes = axes
         self.config = config
         common = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.router = Projection((model_dim,), (config.num_experts,), **common)
@@ -136,6 +140,9 @@ class MoE(nnx.Module):
         self, x: Float[Array, "... M"], *, real: Bool[Array, "..."] | None = None
     ) -> MoEOutput:
         """Output and the router's statistics over the tokens where `real` is True (None: all)."""
+        if self.axes is not None:
+            out, statistics = tensor_parallel.moe(self, x, real)
+            return MoEOutput(out, RouterStatistics(*statistics))
         flat = x.reshape(-1, x.shape[-1])
         weights, experts, probabilities = self._route(flat)
         out = self._mix(flat, weights, experts)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import _checks, _dispatch
+from pallas_kernels import _checks, _dispatch, _sharding
 from pallas_kernels.attention import (
     algebra,
     cudnn,
@@ -282,6 +282,7 @@ def _run(operator, query, key, value, options, implementation, *, with_lse) -> A
         "blockwise": vjp.attention,
         "mosaic_gpu": vjp.mosaic_gpu,
     }[chosen]
+    inputs, context = _sharding.vary_alike((inputs, context))
     return AttentionOutput(*run(inputs, context, static))
 
 

@@ -165,7 +165,8 @@ def _substitute(lower):
         unit = jax.lax.dynamic_slice_in_dim(rows, i, 1, axis=-2)
         return jax.lax.dynamic_update_slice_in_dim(rows, unit - earlier, i, axis=-2)
 
-    return jax.lax.fori_loop(1, size, row, jnp.broadcast_to(identity, lower.shape))
+    # `zeros_like`: a loop's carry must vary over a mesh (under `shard_map`) as what is added to it does.
+    return jax.lax.fori_loop(1, size, row, jnp.zeros_like(lower) + identity)
 
 
 def prefix_before(x):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _checks, _dispatch
+from pallas_kernels import _checks, _dispatch, _sharding
 from pallas_kernels.delta_rule import algebra, chunked, reference, tuning, vjp
 
 _STEP_TOKENS = 8
@@ -105,20 +105,22 @@ def gated_delta_rule(
     scale = float(sizes["Dk"] ** -0.5 if scale is None else scale)
     if initial_state is None:
         shape = (sizes["sequences"], sizes["Hv"], sizes["Dk"], sizes["Dv"])
-        initial_state = jnp.zeros(shape, compute)
+        initial_state = jnp.zeros_like(value, compute, shape)
     initial_state = initial_state.astype(compute)
     if 0 in (sizes["B"], sizes["T"]):
         return GatedDeltaRuleOutput(jnp.zeros_like(value), initial_state)
     if cu_seqlens is not None:
         cu_seqlens = jnp.asarray(cu_seqlens)
+    tokens, initial_state, segment_ids, cu_seqlens = _sharding.vary_alike(
+        (chunked.Tokens(query, key, value, g, beta), initial_state, segment_ids, cu_seqlens)
+    )
     if chosen == "reference":
         out, final, _ = reference.recurrent(
-            query, key, value, g, beta, initial_state=initial_state, scale=scale,
+            *tokens, initial_state=initial_state, scale=scale,
             use_qk_l2norm=use_qk_l2norm, segment_ids=segment_ids, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         return GatedDeltaRuleOutput(out, final)
     plan = _plan(sizes, cu_seqlens, scale, use_qk_l2norm, chunk_size, per_channel=g.ndim == 4)
-    tokens = chunked.Tokens(query, key, value, g, beta)
     return GatedDeltaRuleOutput(
         *vjp.gated_delta_rule(
             plan, tokens, initial_state, segment_ids=segment_ids, cu_seqlens=cu_seqlens
@@ -172,6 +174,9 @@ def gated_delta_rule_step(
         segment_ids = jnp.broadcast_to(
             jnp.where(slots < 0, -1, 0)[:, None], (sizes["B"], sizes["T"])
         )
+    query, key, value, g, beta, rows, segment_ids = _sharding.vary_alike(
+        (query, key, value, g, beta, rows, segment_ids)
+    )
     out, rows, states = reference.recurrent(
         query, key, value, g, beta, initial_state=rows, segment_ids=segment_ids,
         scale=float(sizes["Dk"] ** -0.5 if scale is None else scale),

@@ -237,7 +237,7 @@ class _Layout(NamedTuple):
         states = initial_state.reshape(-1, heads, group, *initial_state.shape[-2:])
         if order.sequence is None:
             return cls(states.shape, states, None)
-        empty = jnp.zeros((plan.batch, *states.shape[1:]), states.dtype)
+        empty = jnp.zeros_like(states, shape=(plan.batch, *states.shape[1:]))
         return cls(states.shape, empty, states)
 
 
@@ -249,7 +249,7 @@ def _lane_maps(plan, order, chunks, inverse, layout):
     identity = jnp.broadcast_to(
         jnp.eye(key_dim, dtype=dtype)[None, None, None], (lanes, *lead, key_dim, key_dim)
     )
-    nothing = jnp.zeros((lanes, *lead, key_dim, value_dim), dtype)
+    nothing = jnp.zeros_like(layout.entry, shape=(lanes, *lead, key_dim, value_dim))
     widen = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, key_dim)])
     bank = None if layout.bank is None else widen(layout.bank)
 

@@ -53,11 +53,13 @@ def forward(
     def row_block(index):
         b, k, i = index
         query = fold(take(problem.query, (b, k, 0, i), shape))
-        top, total = jnp.full(shape, -jnp.inf, compute), jnp.zeros(shape, compute)
+        # Loop carries are made "like" an operand: under `shard_map` their type says over which axes they vary.
+        top = jnp.full_like(query, -jnp.inf, compute, shape)
+        total = jnp.zeros_like(query, compute, shape)
         if sinks is not None:
-            top = jnp.broadcast_to(take(sinks, (0, k), (1, size.heads)), shape)
+            top = total + take(sinks, (0, k), (1, size.heads))
             total = jnp.where(jnp.isneginf(top), 0.0, 1.0).astype(compute)
-        acc = jnp.zeros((*query.shape[:3], problem.value.shape[-1]), compute)
+        acc = jnp.zeros_like(query, compute, (*query.shape[:3], problem.value.shape[-1]))
 
         def key_block(at, carry, masked):
             top, total, acc = carry
@@ -160,18 +162,22 @@ def backward(
                 return d_query, d_key, d_value, d_bias
 
             d_query, *carry = lax.fori_loop(
-                *key_blocks(plan, b, i), step, (jnp.zeros(query.shape, compute), *carry)
+                *key_blocks(plan, b, i), step, (jnp.zeros_like(query, compute), *carry)
             )
             d_query = (options.scale * d_query).astype(inputs.query.dtype)
             return tuple(carry), d_query.reshape(*shape, head_dim)
 
-        zeros = lambda dim: jnp.zeros((num_keys, *size[:2], dim, size.keys), compute)
+        zeros = lambda dim: jnp.zeros_like(
+            problem.key, compute, (num_keys, *size[:2], dim, size.keys)
+        )
         carry = (zeros(head_dim), zeros(problem.value.shape[-1]), d_bias)
         (d_key, d_value, d_bias), d_query = lax.scan(row_block, carry, jnp.arange(num_rows))
         d_key = (options.scale * d_key).astype(inputs.key.dtype)
         return d_bias, (d_query, d_key, d_value.astype(inputs.value.dtype))
 
-    d_bias = None if problem.bias is None else jnp.zeros(problem.bias.shape, compute)
+    d_bias = (
+        None if problem.bias is None else jnp.zeros_like(problem.query, compute, problem.bias.shape)
+    )
     index = jnp.meshgrid(jnp.arange(batches), jnp.arange(heads), indexing="ij")
     d_bias, (d_query, d_key, d_value) = lax.scan(
         group_of_heads, d_bias, tuple(axis.reshape(-1) for axis in index)

@@ -1,0 +1,99 @@
+"""Keys and values go round: n - 1 hops, each overlapped with the attention over the block that is already here.
+
+The backward sends them round again with their gradients, which accumulate in float32 whatever travels, and runs each
+block's forward once more instead of keeping n blocks. (Ring attention, arXiv 2310.01889.)
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gqa_jax.context_parallel.marks import Attend, Marks
+from pallas_kernels import AttentionOutput
+
+
+def _hop(x, axis_name):
+    """Device i's arrays to device i + 1; those of one dtype and shape in one message."""
+    devices = lax.axis_size(axis_name)
+    pairs = [(i, (i + 1) % devices) for i in range(devices)]
+    if len({(leaf.shape, leaf.dtype) for leaf in x}) == 1:
+        return tuple(lax.ppermute(jnp.stack(x), axis_name, pairs))
+    return tuple(lax.ppermute(leaf, axis_name, pairs) for leaf in x)
+
+
+def _weight(lse, total):
+    """`exp(lse - total)`, 0 where nothing was visible."""
+    return jnp.exp(lse - jnp.where(jnp.isneginf(total), 0.0, total))
+
+
+def _merge(out, lse, new: AttentionOutput):
+    """Softmax over two disjoint sets of keys, accumulated in float32."""
+    total = jnp.logaddexp(lse, new.lse)
+    old = out * _weight(lse, total)[..., None]
+    return old + new.out.astype(out.dtype) * _weight(new.lse, total)[..., None], total
+
+
+def attention(
+    query, key, value, marks: Marks, *, axis_name: Any, attend: Attend
+) -> AttentionOutput:
+    """Attention of local queries over the keys of all devices; `out` in float32, not yet rounded."""
+    devices = lax.axis_size(axis_name)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    everyone = jax.tree.map(lambda x: lax.all_gather(x, axis_name), marks)  # [n, B, T], small
+
+    def block(query, key, value, marks, everyone, step) -> AttentionOutput:
+        source = lax.rem(lax.axis_index(axis_name) - step + devices, devices)
+        theirs = jax.tree.map(
+            lambda x: lax.dynamic_index_in_dim(x, source, keepdims=False), everyone
+        )
+        return attend(query, key, value, marks, theirs)
+
+    @jax.custom_vjp
+    def run(query, key, value, marks, everyone):
+        out, lse = block(query, key, value, marks, everyone, 0)
+        out = out.astype(wide)
+        for step in range(1, devices):
+            key, value = _hop((key, value), axis_name)
+            # Without this the scheduler runs all hops first, one after the other, with nothing to hide them.
+            lse, key, value = lax.optimization_barrier((lse, key, value))
+            out, lse = _merge(out, lse, block(query, key, value, marks, everyone, step))
+        return out, lse
+
+    def forward(*inputs):
+        out, lse = run(*inputs)
+        return (out, lse), (*inputs, out, lse)
+
+    def backward(residuals, cotangents):
+        query, key, value, marks, everyone, out, lse = residuals
+        d_out, d_lse = cotangents
+        # Or the compiler keeps the blocks of the forward's hops, which is what this saves.
+        key, value, d_out = lax.optimization_barrier((key, value, d_out))
+        # What every block's lse receives, times its weight.
+        along = d_lse - jnp.sum(d_out * out, axis=-1)
+        d_query = d_key = d_value = jnp.zeros((), wide)
+        for step in range(devices):
+            (part, part_lse), pullback = jax.vjp(
+                lambda q, k, v, step=step: tuple(block(q, k, v, marks, everyone, step)),
+                query,
+                key,
+                value,
+            )
+            weight = _weight(part_lse, lse)
+            d_part_lse = weight * (jnp.sum(d_out * part.astype(wide), axis=-1) + along)
+            d_part = (weight[..., None] * d_out).astype(part.dtype)
+            own = [x.astype(wide) for x in pullback((d_part, d_part_lse))]
+            d_query, d_key, d_value = d_query + own[0], d_key + own[1], d_value + own[2]
+            if step < devices - 1:
+                key, value = _hop((key, value), axis_name)
+            d_key, d_value = _hop((d_key, d_value), axis_name)  # after n hops they are home
+            d_query, key, value = lax.optimization_barrier((d_query, key, value))
+        inputs = residuals[:3]
+        gradients = (
+            d.astype(x.dtype) for d, x in zip((d_query, d_key, d_value), inputs, strict=True)
+        )
+        return (*gradients, None, None)
+
+    run.defvjp(forward, backward)
+    return AttentionOutput(*run(query, key, value, marks, everyone))

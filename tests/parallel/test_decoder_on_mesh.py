@@ -1,0 +1,182 @@
+"""A hybrid decoder trains and decodes on a mesh as on one device."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from gqa_jax import (
+    AttentionConfig,
+    Decoder,
+    DecoderConfig,
+    GatedDeltaNetConfig,
+    MoEConfig,
+    SelfAttention,
+)
+from gqa_jax import tensor_parallel as tp
+from gqa_jax.context_parallel import ContextParallel, from_layout, to_layout
+from gqa_jax.decoder_layer import Embedding
+from gqa_jax.sharding import MeshAxes, parameter_shardings, shard_parameters
+from tests.support.compare import assert_close, relative_error
+from tests.support.hlo import collectives
+from tests.support.meshes import mesh
+
+CONFIG = DecoderConfig(
+    vocab_size=24, model_dim=16, layers=("linear_attention", "full_attention") * 2,
+    attention=AttentionConfig(model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8),
+    gated_deltanet=GatedDeltaNetConfig(
+        model_dim=16, num_key_heads=2, num_value_heads=4, key_head_dim=4, value_head_dim=4
+    ),
+    moe=MoEConfig(num_experts=4, num_experts_per_token=2, intermediate_size=8), moe_layers=(False, True) * 2,
+    intermediate_size=16, scan_layers=True, remat=True,
+)  # fmt: skip
+AXES = MeshAxes(batch="fsdp", seq="cp", heads="tp", embed="fsdp", seq_residual="tp")
+
+
+def _like(decoder, other):
+    """`decoder` with the parameters of `other`."""
+    return jax.tree.unflatten(jax.tree.structure(decoder), jax.tree.leaves(other))
+
+
+@pytest.mark.parametrize("kind, tied", [("auto", False), ("explicit", True)])
+def test_training_loss_and_gradients(kind, tied):
+    rng = np.random.default_rng(7)
+    batch, length = 2, 16
+    tokens = rng.integers(0, 24, (batch, length + 1)).astype(np.int32)
+    segments = np.sort(rng.integers(0, 3, (batch, length)), axis=1).astype(np.int32)
+    labels = tokens[:, 1:].copy()
+    labels[0, :3] = -1
+    start = np.maximum.accumulate(
+        np.where(np.diff(segments, axis=1, prepend=-1) != 0, np.arange(length)[None], 0), axis=1
+    )
+    data = dict(
+        tokens=tokens[:, :-1],
+        segments=segments,
+        labels=labels,
+        positions=(np.arange(length)[None] - start).astype(np.int32),
+    )
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    alone = Decoder(config, rngs=nnx.Rngs(0))
+
+    def loss_alone(decoder, data):
+        logits = decoder(data["tokens"], positions=data["positions"], segment_ids=data["segments"])
+        chosen = jnp.take_along_axis(
+            jax.nn.log_softmax(logits), jnp.maximum(data["labels"], 0)[..., None], axis=-1
+        )
+        return -jnp.sum(jnp.where(data["labels"] >= 0, chosen[..., 0], 0.0)), logits
+
+    want, want_gradient = jax.jit(jax.value_and_grad(loss_alone, has_aux=True))(
+        alone, jax.tree.map(jnp.asarray, data)
+    )
+
+    the_mesh = mesh(kind, fsdp=2, cp=2, tp=2)
+    spread = Decoder(
+        config, rngs=nnx.Rngs(0), axes=AXES, context_parallel=ContextParallel(mode="ring")
+    )
+
+    def loss_spread(decoder, data):
+        logits = decoder(data["tokens"], positions=data["positions"], segment_ids=data["segments"])
+        return jnp.sum(tp.cross_entropy(logits, data["labels"], AXES)), logits
+
+    with jax.set_mesh(the_mesh):
+        spread = shard_parameters(_like(spread, alone), the_mesh, AXES)
+        place = lambda x: jax.device_put(x, NamedSharding(the_mesh, AXES.tokens))
+        placed = jax.tree.map(place, to_layout(data, axis_size=2))
+        got, gradient = jax.jit(jax.value_and_grad(loss_spread, has_aux=True))(spread, placed)
+    assert_close(got[0], want[0], atol=1e-5, rtol=1e-5, what="loss")
+    assert_close(
+        from_layout(np.asarray(got[1]), axis_size=2), want[1], atol=1e-5, rtol=1e-5, what="logits"
+    )
+    shardings = jax.tree.leaves(parameter_shardings(spread, the_mesh, AXES))
+    for (path, b), a, sharding in zip(
+        jax.tree_util.tree_leaves_with_path(want_gradient),
+        jax.tree.leaves(gradient),
+        shardings,
+        strict=True,
+    ):
+        name = jax.tree_util.keystr(path)
+        assert relative_error(a, b) < 3e-5, name
+        assert a.sharding.is_equivalent_to(sharding, a.ndim), name
+
+
+def test_ids_outside_the_vocabulary_are_nan():
+    axes = MeshAxes(heads="tp")
+    table = Embedding(24, 16, rngs=nnx.Rngs(0), axes=axes)
+    with jax.set_mesh(mesh("auto", tp=2)):
+        x = jax.jit(lambda table, tokens: table(tokens))(
+            table, jnp.asarray([[0, 23, 24, -1]], jnp.int32)
+        )
+    assert np.isfinite(np.asarray(x)[0, :2]).all()
+    assert np.isnan(np.asarray(x)[0, 2:]).all()
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_decoding_with_ragged_rows(kind):
+    """Heads and slots of the cache are split; prompt in two pieces, then token by token."""
+    rng = np.random.default_rng(9)
+    config = dataclasses.replace(
+        CONFIG,
+        scan_layers=False,
+        remat=False,
+        layers=CONFIG.layers[:2],
+        moe_layers=CONFIG.moe_layers[:2],
+    )
+    alone = Decoder(config, rngs=nnx.Rngs(0))
+    spread = Decoder(config, rngs=nnx.Rngs(0), axes=AXES, context_parallel=ContextParallel())
+    the_mesh = mesh(kind, fsdp=2, cp=2, tp=2)
+    cache, step = alone.init_cache(2, 32), jax.jit(lambda d, t, c, n: d.step(t, c, lengths=n))
+    with jax.set_mesh(the_mesh):
+        spread = shard_parameters(_like(spread, alone), the_mesh, AXES)
+        cache_spread = tuple(
+            tp.shard_cache(c, layer.mixer)
+            for c, layer in zip(spread.init_cache(2, 32), spread.layers, strict=True)
+        )
+    for num_new, lengths in ((12, [12, 7]), (1, [1, 1]), (1, [0, 1])):
+        tokens = jnp.asarray(rng.integers(0, 24, (2, num_new)), jnp.int32)
+        real = np.arange(num_new)[None] < np.asarray(lengths)[:, None]
+        want, cache = step(alone, tokens, cache, jnp.asarray(lengths, jnp.int32))
+        with jax.set_mesh(the_mesh):
+            rows = NamedSharding(the_mesh, jax.P("fsdp"))
+            got, cache_spread = step(
+                spread,
+                jax.device_put(tokens, rows),
+                cache_spread,
+                jax.device_put(jnp.asarray(lengths, jnp.int32), rows),
+            )
+        assert_close(
+            np.asarray(got)[real],
+            np.asarray(want)[real],
+            atol=1e-5,
+            rtol=1e-5,
+            what=f"{num_new} tokens",
+        )
+    slots = cache_spread[1].key
+    assert slots.sharding.shard_shape(slots.shape) == (1, 1, 16, 8)
+
+
+def test_a_step_moves_little_and_writes_in_place():
+    """From the compiled program: the cache aliases its input and only queries' worth of bytes cross devices."""
+    config = AttentionConfig(
+        model_dim=64, num_heads=8, num_kv_heads=2, head_dim=16, sinks="learnable", sliding_window=64
+    )
+    axes = MeshAxes(seq="cp", heads="tp")
+    layer = SelfAttention(config, rngs=nnx.Rngs(0), axes=axes, context_parallel=ContextParallel())
+    the_mesh = mesh("auto", cp=4, tp=2)
+    with jax.set_mesh(the_mesh):
+        layer = shard_parameters(layer, the_mesh, axes)
+        cache = tp.shard_cache(layer.init_cache(2, 512), layer)
+        x = jnp.zeros((2, 1, 64))
+        step = jax.jit(lambda layer, x, cache: layer.step(x, cache), donate_argnames=("cache",))
+        text = step.lower(layer, x, cache).compile().as_text()
+        pointers = [s.data.unsafe_buffer_pointer() for s in cache.key.addressable_shards]
+        _, new = step(layer, x, cache)
+    assert [s.data.unsafe_buffer_pointer() for s in new.key.addressable_shards] == pointers
+    assert re.search(r"input_output_alias=\{.*may-alias.*may-alias.*may-alias", text)
+    found = collectives(text)
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    assert sum(size for _, size in found) <= 8 * 1024, found
