@@ -71,7 +71,8 @@ def _differentiable(forward, backward, plain) -> Callable[..., Any]:
         return d_inputs, d_saved, d_cotangents, _without_gradient(context)
 
     gradient.defvjp(gradient_fwd, gradient_bwd)
-    return attention
+    # Outside `jit`, one program for the operator, not one per operation.
+    return functools.partial(jax.jit, static_argnums=2, inline=True)(attention)
 
 
 # --- Mosaic GPU ------------------------------------------------------------------------------------------------------

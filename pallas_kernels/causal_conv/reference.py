@@ -4,12 +4,14 @@ Shifted products fuse into one pass over x; a grouped `conv_general_dilated` is 
 backward (benchmark suite `delta_rule_cpu`).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
+@functools.partial(jax.jit, static_argnames="activation", inline=True)
 def causal_conv(x, weight, *, bias, activation, initial_state, segment_ids):
     """Returns `(out [B, T, F], final_state [B, W, F])`; sums in float32 (float64 for float64)."""
     batch, length, features = x.shape

@@ -7,6 +7,9 @@ import jax
 from pallas_kernels.delta_rule import chunked
 
 
+@functools.partial(
+    jax.jit, static_argnums=0, inline=True
+)  # outside `jit`, one program, not hundreds
 def gated_delta_rule(
     plan: chunked.Plan, tokens: chunked.Tokens, initial_state, *, segment_ids, cu_seqlens
 ) -> tuple[jax.Array, jax.Array]:

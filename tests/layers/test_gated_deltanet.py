@@ -92,13 +92,14 @@ def test_equals_the_float64_recurrence(name):
     assert_close(CALL(layer, x), expected, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "name, seed", [*((name, 0) for name in VARIANTS), ("qwen", 1), ("megatron", 2)]
+)
 def test_any_split_of_the_steps_equals_one_call(name, seed):
     layer, rng = build(VARIANTS[name], seed), np.random.default_rng(seed)
     total = 83
     x = draw(seed, 2, total, 24)
-    cuts = np.sort(rng.choice(np.arange(1, total), size=4, replace=False))
+    cuts = np.sort(rng.choice(np.arange(1, total), size=3, replace=False))
     sizes = [66] + [1] * 17 if seed == 0 else np.diff([0, *cuts, total]).tolist()
     cache, outs, start = layer.init_cache(2), [], 0
     for size in sizes:
