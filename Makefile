@@ -4,7 +4,9 @@ VENV   ?= .venv
 NEWEST ?= .venv-newest
 RUN     = $(VENV)/bin/python
 WORKERS ?= 2
+ifeq ($(shell command -v nvidia-smi),)
 export JAX_PLATFORMS ?= cpu
+endif
 export HF_HUB_OFFLINE = 1
 
 .PHONY: demo test test-all check format notebooks bench test-newest test-gpu clean
@@ -45,7 +47,7 @@ test-gpu: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints/default.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 12), f"Python 3.12 or newer is needed, got {sys.version}"'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q --disable-pip-version-check -c constraints/default.txt -e '.[torch,hf,export,test,dev]'
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints/default.txt -e '.[torch,hf,export,aot,test,dev]'
 	touch $@
 
 $(NEWEST)/.ready: pyproject.toml constraints/newest.txt
