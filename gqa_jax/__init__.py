@@ -13,6 +13,7 @@ from gqa_jax.config import Llama3Scaling as Llama3Scaling
 from gqa_jax.config import MoEConfig as MoEConfig
 from gqa_jax.config import RopeConfig as RopeConfig
 from gqa_jax.config import YarnScaling as YarnScaling
+from gqa_jax.context_parallel import ContextParallel as ContextParallel
 from gqa_jax.cross_attention import CrossAttention as CrossAttention
 from gqa_jax.cross_attention import ProjectedMemory as ProjectedMemory
 from gqa_jax.decoder import Decoder as Decoder
@@ -22,3 +23,4 @@ from gqa_jax.generate import stream as stream
 from gqa_jax.mlp import MLP as MLP
 from gqa_jax.moe import MoE as MoE
 from gqa_jax.norms import RMSNorm as RMSNorm
+from gqa_jax.sharding import MeshAxes as MeshAxes

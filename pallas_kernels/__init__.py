@@ -14,6 +14,7 @@ from pallas_kernels.causal_conv.api import CausalConvOutput as CausalConvOutput
 from pallas_kernels.causal_conv.api import causal_conv1d as causal_conv1d
 from pallas_kernels.decode.api import decode_attention as decode_attention
 from pallas_kernels.delta_rule.api import GatedDeltaRuleOutput as GatedDeltaRuleOutput
+from pallas_kernels.delta_rule.api import GatedDeltaRuleStepOutput as GatedDeltaRuleStepOutput
 from pallas_kernels.delta_rule.api import gated_delta_rule as gated_delta_rule
 from pallas_kernels.delta_rule.api import gated_delta_rule_step as gated_delta_rule_step
 from pallas_kernels.explain import explain as explain
