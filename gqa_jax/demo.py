@@ -35,8 +35,8 @@ from gqa_jax.generate import generate, stream
 from gqa_jax.training import TrainState, train_step
 
 BATCH_SIZE = 8
-LENGTH = 256
-PEAK_LEARNING_RATE = 3e-3
+LENGTH = 128
+PEAK_LEARNING_RATE = 4e-3
 WARMUP_STEPS = 20
 PROMPTS = ("def __init__(self, ", "import ", "    for key, value in ", '    """Return ')
 
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds",
         type=float,
-        default=95.0,
+        default=110.0,
         help="training time, compilation excluded (%(default)s)",
     )
     parser.add_argument(

@@ -175,7 +175,7 @@ class MoE(nnx.Module):
         group_sizes = jnp.bincount(flat, length=self.config.num_experts).astype(jnp.int32)
         out = self.experts(x[order // self.config.num_experts_per_token], group_sizes)
         out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
-        out = out.reshape(*weights.shape, -1)
+        out = out.reshape(*weights.shape, out.shape[-1])
         wide = np.promote_types(out.dtype, np.float32)
         mixed = jnp.einsum("nkm,nk->nm", out, weights, preferred_element_type=wide)
         return mixed.astype(out.dtype)

@@ -69,7 +69,7 @@ def test_attention_options_reach_the_operator():
         out = interop.attention(query, key, value, **options)
         assert out.shape == plain.shape, name
         assert not torch.equal(out, plain), name
-    with pytest.raises(ValueError, match="`sliding_window` must be a positive number of keys"):
+    with pytest.raises(ValueError, match="`is_causal` must be True with `sliding_window=2`"):
         interop.attention(query, key, value, sliding_window=2)
     with pytest.raises(ValueError, match="`implementation` must be None or one of"):
         interop.attention(query, key, value, implementation="cuda")
