@@ -153,7 +153,9 @@ class MoE(nnx.Module):
             counted = real.reshape(-1).astype(jnp.float32)
         hits = jnp.repeat(counted, self.config.num_experts_per_token)
         statistics = RouterStatistics(
-            assignments=jnp.zeros_like(probabilities[0]).at[experts.reshape(-1)].add(hits),
+            assignments=jnp.zeros((self.config.num_experts,), jnp.float32)
+            .at[experts.reshape(-1)]
+            .add(hits),
             probability=counted @ probabilities,
             num_tokens=counted.sum(),
         )
