@@ -53,7 +53,8 @@ def pytest_collection_modifyitems(config, items):
 def forget_programs():
     """Compiled programs go with the module that made them.
 
-    Each holds several memory maps, and Linux gives a process 65,530: a thousand tests in one process reach that and crash.
+    Each holds several memory maps and Linux gives a process 65,530: a thousand tests in one process reach that, and
+    it crashes.
     """
     yield
     jax.clear_caches()

@@ -195,13 +195,13 @@ class Advance(NamedTuple):
       state: `[z, h, n, Dk, Dv]` after the chunk.
       recalled: `[z, h, n, C, Dv]`, what the initial state says about each key (U = K S).
       residual: `[z, h, n, C, Dv]`, value minus decayed recall (E).
-      update: `[z, h, n, C, Dv]`, what each token really writes (N = T beta E).
+      write: `[z, h, n, C, Dv]`, residual times beta (R).
     """
 
     state: jax.Array
     recalled: jax.Array
     residual: jax.Array
-    update: jax.Array
+    write: jax.Array
 
 
 def chunk_inverse(key, beta, decay: Gates):
@@ -210,23 +210,36 @@ def chunk_inverse(key, beta, decay: Gates):
     return unit_lower_inverse(strictly_lower(beta[..., None] * decay.between * overlap))
 
 
+def folded_key(key, decay: Gates, inverse):
+    """X = T^T (until_end K), `[z, h, n, C, Dk]`: where a token's write R lands in the state at the chunk's end.
+
+    With keys that agree and a large beta, T K cancels here exactly; summing K^T (T R) would cancel in every chunk's
+    state instead, and nothing but a decay forgets that rounding.
+    """
+    return matmul("zhnij,zhnik->zhnjk", inverse, decay.until_end[..., None] * key[:, :, None])
+
+
+def folded_scores(query, key, decay: Gates, inverse, scale):
+    """`(P, P T)`, both `[z, h, n, C, C]`: how outputs read the chunk's updates N = T R, and its writes R."""
+    scores = scale * decay.between * matmul("zhik,zhjk->zhij", query, key)[:, :, None]
+    return scores, matmul("zhnij,zhnjl->zhnil", scores, inverse)
+
+
 def advance(state, key, value, beta, decay: Gates, inverse) -> Advance:
     """The state after one chunk. Beta multiplies in float32 outside of T, which keeps its unit diagonal."""
     recalled = matmul("zhck,zhnkv->zhncv", key, state)
     residual = value - decay.since_start[..., None] * recalled
-    update = matmul("zhnij,zhnjv->zhniv", inverse, beta[..., None] * residual)
-    written = matmul("zhck,zhncv->zhnkv", key, decay.until_end[..., None] * update)
-    return Advance(
-        decay.whole[..., None, None] * state + written, recalled, residual, update
-    )  # fmt: skip
+    write = beta[..., None] * residual
+    written = matmul("zhnck,zhncv->zhnkv", folded_key(key, decay, inverse), write)
+    return Advance(decay.whole[..., None, None] * state + written, recalled, residual, write)
 
 
-def chunk_output(state, query, key, update, decay: Gates, scale):
-    """`[z, h, n, C, Dv]`: what the queries read from the chunk's initial state and from its own updates."""
-    overlap = matmul("zhik,zhjk->zhij", query, key)[:, :, None]
-    inside = matmul("zhnij,zhnjv->zhniv", decay.between * overlap, update)
+def chunk_output(state, query, key, write, decay: Gates, inverse, scale):
+    """`[z, h, n, C, Dv]`: what the queries read from the chunk's initial state and from its own writes."""
+    _, scores = folded_scores(query, key, decay, inverse, scale)
     carried = matmul("zhck,zhnkv->zhncv", query, state)
-    return scale * (decay.since_start[..., None] * carried + inside)
+    inside = matmul("zhnij,zhnjv->zhniv", scores, write)
+    return scale * decay.since_start[..., None] * carried + inside
 
 
 class ChunkGradients(NamedTuple):
@@ -241,43 +254,43 @@ class ChunkGradients(NamedTuple):
 
 
 def retreat(d_out, d_state, query, key, beta, decay: Gates, inverse, scale):
-    """Cotangents `(d_state before the chunk, d_update, d_write, inside)`; d_write belongs to R = beta E.
+    """Cotangents `(d_state before the chunk, d_write, P)`; d_write belongs to R = beta E.
 
     The chain of the backward: all that the previous chunk waits for.
     """
-    inside = scale * decay.between * matmul("zhik,zhjk->zhij", query, key)[:, :, None]
-    echoed = matmul("zhck,zhnkv->zhncv", key, d_state)
-    d_update = decay.until_end[..., None] * echoed + matmul("zhnij,zhniv->zhnjv", inside, d_out)
-    d_write = matmul("zhnij,zhniv->zhnjv", inverse, d_update)
+    inside, scores = folded_scores(query, key, decay, inverse, scale)
+    landing = folded_key(key, decay, inverse)
+    d_write = matmul("zhnck,zhnkv->zhncv", landing, d_state)
+    d_write += matmul("zhnij,zhniv->zhnjv", scores, d_out)
     since = decay.since_start[..., None]
     d_before = decay.whole[..., None, None] * d_state
     d_before += scale * matmul("zhck,zhncv->zhnkv", query, since * d_out)
     d_before -= matmul("zhck,zhncv->zhnkv", key, since * beta[..., None] * d_write)
-    return d_before, echoed, d_write, inside
+    return d_before, d_write, inside
 
 
 def chunk_gradients(
     d_out, d_state, state, query, key, value, beta, decay: Gates, inverse, scale
 ) -> ChunkGradients:
     """Gradients of one chunk from its initial state, the cotangent of its output and that of its final state."""
-    d_before, echoed, d_write, inside = retreat(
-        d_out, d_state, query, key, beta, decay, inverse, scale
-    )
+    d_before, d_write, inside = retreat(d_out, d_state, query, key, beta, decay, inverse, scale)
     chain = advance(state, key, value, beta, decay, inverse)
+    update = matmul("zhnij,zhnjv->zhniv", inverse, chain.write)
     since, until = decay.since_start[..., None], decay.until_end[..., None]
     d_residual = beta[..., None] * d_write
 
     gated_overlap = strictly_lower(decay.between * matmul("zhik,zhjk->zhij", key, key)[:, :, None])
-    d_lower = -strictly_lower(matmul("zhniv,zhnjv->zhnij", d_write, chain.update))
-    d_inside = matmul("zhniv,zhnjv->zhnij", d_out, chain.update)
+    d_lower = -strictly_lower(matmul("zhniv,zhnjv->zhnij", d_write, update))
+    d_inside = matmul("zhniv,zhnjv->zhnij", d_out, update)
     d_beta = jnp.sum(d_write * chain.residual, -1) + jnp.sum(d_lower * gated_overlap, -1)
 
     d_carried = scale * since * matmul("zhncv,zhnkv->zhnck", d_out, state)
+    d_landed = until * matmul("zhncv,zhnkv->zhnck", update, d_state)
     d_scores = jnp.sum(scale * decay.between * d_inside, axis=2)
     d_overlap = jnp.sum(beta[..., None] * decay.between * d_lower, axis=2)
     d_query = jnp.sum(d_carried, axis=2) + matmul("zhij,zhjk->zhik", d_scores, key)
     d_key = (
-        matmul("zhncv,zhnkv->zhck", until * chain.update, d_state)
+        jnp.sum(d_landed, axis=2)
         - matmul("zhncv,zhnkv->zhck", since * d_residual, state)
         + matmul("zhij,zhik->zhjk", d_scores, query)
         + matmul("zhij,zhjk->zhik", d_overlap + jnp.swapaxes(d_overlap, -1, -2), key)
@@ -285,7 +298,7 @@ def chunk_gradients(
 
     at_reader = jnp.sum(query[:, :, None] * d_carried, -1)
     at_reader -= jnp.sum(since * d_residual * chain.recalled, -1)
-    at_writer = jnp.sum(until * chain.update * echoed, -1)
+    at_writer = jnp.sum(key[:, :, None] * d_landed, -1)
     pairs = d_lower * beta[..., None] * gated_overlap + strictly_lower(d_inside * inside)
     through = decay.whole * jnp.sum(d_state * state, (-1, -2))
     d_g = corner_sum(pairs) + suffix_from(at_reader) + prefix_before(at_writer) + through[..., None]

@@ -143,7 +143,7 @@ def forward(plan: Plan, order: Order, tokens: Tokens, initial_state, *, keep: bo
             decay = algebra.gates(g, place.segment)
             t = algebra.chunk_inverse(k, beta, decay) if t is None else t
             chain = algebra.advance(state, k, v, beta, decay, t)
-            out = algebra.chunk_output(state, q, k, chain.update, decay, plan.scale)
+            out = algebra.chunk_output(state, q, k, chain.write, decay, t, plan.scale)
             state = chain.state
         out = _unload(out).astype(tokens.value.dtype)
         finals = _put(finals, place.last, place, state)

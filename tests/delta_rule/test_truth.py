@@ -26,9 +26,7 @@ def test_nasty_inputs(name, length):
 @pytest.mark.parametrize("name", [NASTY[(TODAY + i) % len(NASTY)] for i in range(2)])
 def test_nasty_inputs_over_many_chunks(name):
     strong = name in ("strong decay", "steps of -60")
-    # Without decay nothing forgets the float32 rounding of the state: it grows as a random walk, with sqrt(T).
-    slack = 2.0 if name in ("equal keys", "near-identical keys") else 1.0
-    check_truth(delta_cases.nasty_cases(TODAY, 2049)[name], strong_decay=strong, slack=slack)
+    check_truth(delta_cases.nasty_cases(TODAY, 2049)[name], strong_decay=strong)
 
 
 @pytest.mark.parametrize("name", ["equal keys", "steps of -60", "no decay"])
