@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch, _sharding
-from pallas_kernels.delta_rule import algebra, chunked, reference, tuning, vjp
+from pallas_kernels.delta_rule import algebra, order, reference, tuning, vjp
 
 _STEP_TOKENS = 8
 
@@ -112,7 +112,7 @@ def gated_delta_rule(
     if cu_seqlens is not None:
         cu_seqlens = jnp.asarray(cu_seqlens)
     tokens, initial_state, segment_ids, cu_seqlens = _sharding.vary_alike(
-        (chunked.Tokens(query, key, value, g, beta), initial_state, segment_ids, cu_seqlens)
+        (order.Tokens(query, key, value, g, beta), initial_state, segment_ids, cu_seqlens)
     )
     if chosen == "reference":
         out, final, _ = reference.recurrent(
@@ -212,18 +212,18 @@ _STEP_REASONS: dict[str, str | None] = {"reference": None}
 
 
 def _reasons(length, chunk_size) -> dict[str, str | None]:
-    order = ["chunked", "reference"]
+    names = ["chunked", "reference"]
     if length <= tuning.RECURRENT_TOKENS:
-        order.reverse()
-    return {name: tuning.unsupported_reason(name, chunk_size=chunk_size) for name in order}
+        names.reverse()
+    return {name: tuning.unsupported_reason(name, chunk_size=chunk_size) for name in names}
 
 
-def _plan(sizes, cu_seqlens, scale, use_qk_l2norm, chunk_size, *, per_channel) -> chunked.Plan:
+def _plan(sizes, cu_seqlens, scale, use_qk_l2norm, chunk_size, *, per_channel) -> order.Plan:
     sequences = None if cu_seqlens is None else sizes["sequences"]
     chunk = chunk_size or tuning.chunk_size(sizes["T"], sequences)
-    count = chunked.chunk_count(sizes["T"], sequences, chunk)
+    count = order.chunk_count(sizes["T"], sequences, chunk)
     lanes = 1 if per_channel else tuning.segments(count, _dispatch.platform())
-    return chunked.Plan(
+    return order.Plan(
         batch=sizes["B"], length=sizes["T"], chunk=chunk, lanes=lanes, steps=-(-count // lanes),
         scale=scale, use_qk_l2norm=use_qk_l2norm, per_channel=per_channel,
     )  # fmt: skip

@@ -5,57 +5,20 @@ P > 1 a first pass finds each lane's affine map `S -> M S + E`, a short scan ove
 state, and the second pass computes outputs. Packed `cu_seqlens` rows are gathered into chunks that no sequence shares.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.delta_rule import algebra
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about a call."""
-
-    batch: int
-    length: int
-    chunk: int
-    lanes: int
-    steps: int
-    scale: float
-    use_qk_l2norm: bool
-    per_channel: bool = False  # g holds a decay per key channel; one lane only
-
-
-class Order(NamedTuple):
-    """Where tokens, segments and sequences lie. Everything is None where a call has no such thing.
-
-    Attributes:
-      real: `[N, z, C]` bool, tokens that are not padding.
-      segment: `[N, z, C]` int32, segments started in the chunk up to the token.
-      source, target: `[P N C]` and `[T]` int32: the token in each chunk place (T: none), the place of each token.
-      first, last: `[N, z]` bool, the chunk is the first / last of its sequence.
-      sequence: `[N, z]` int32, the chunk's sequence.
-    """
-
-    real: jax.Array | None = None
-    segment: jax.Array | None = None
-    source: jax.Array | None = None
-    target: jax.Array | None = None
-    first: jax.Array | None = None
-    last: jax.Array | None = None
-    sequence: jax.Array | None = None
-
-
-class Tokens(NamedTuple):
-    """Operands, as the caller gave them or one chunk of them."""
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    g: jax.Array
-    beta: jax.Array
+from pallas_kernels.delta_rule.order import (
+    Order,
+    Plan,
+    Tokens,
+    from_chunks,
+    through_lanes,
+    to_chunks,
+)
 
 
 class Saved(NamedTuple):
@@ -72,55 +35,6 @@ class Saved(NamedTuple):
     transition: jax.Array | None
 
 
-def chunk_count(length: int, num_sequences: int | None, chunk: int) -> int:
-    """Chunks that certainly suffice: with packed sequences, each may leave its last chunk unfilled."""
-    if num_sequences is None:
-        return -(-length // chunk)
-    return min(length, (length + num_sequences * (chunk - 1)) // chunk)
-
-
-def dense_order(plan: Plan, segment_ids) -> Order:
-    """Order of rows that are cut in place."""
-    if segment_ids is None:
-        return Order()
-    starts, real = algebra.segment_starts(segment_ids)
-    in_place = Order()
-    return Order(
-        real=_to_chunks(plan, in_place, real),
-        segment=jnp.cumsum(_to_chunks(plan, in_place, starts).astype(jnp.int32), axis=-1),
-    )
-
-
-def packed_order(plan: Plan, cu_seqlens) -> Order:
-    """Order of one row of packed sequences, each of which starts a chunk of its own."""
-    lengths = jnp.diff(cu_seqlens)
-    ends = jnp.cumsum((lengths + plan.chunk - 1) // plan.chunk)
-    begins = ends - (lengths + plan.chunk - 1) // plan.chunk
-    chunks = jnp.arange(plan.lanes * plan.steps, dtype=ends.dtype)
-    used = chunks < ends[-1]
-    sequence = jnp.minimum(jnp.searchsorted(ends, chunks, side="right"), lengths.shape[0] - 1)
-    offset = (chunks - begins[sequence])[:, None] * plan.chunk
-    offset += jnp.arange(plan.chunk, dtype=ends.dtype)[None]
-    filled = used[:, None] & (offset < lengths[sequence][:, None])
-    source = jnp.where(filled, cu_seqlens[sequence][:, None] + offset, plan.length)
-
-    tokens = jnp.arange(plan.length, dtype=cu_seqlens.dtype)
-    owner = jnp.searchsorted(cu_seqlens[1:], tokens, side="right")
-    owner_or_last = jnp.minimum(owner, lengths.shape[0] - 1)
-    target = begins[owner_or_last] * plan.chunk + tokens - cu_seqlens[owner_or_last]
-    places = plan.lanes * plan.steps * plan.chunk
-    target = jnp.where(owner < lengths.shape[0], target, places)
-
-    lanes = lambda x: x.reshape(plan.lanes, plan.steps).T
-    return Order(
-        source=source.reshape(-1),
-        target=target,
-        first=lanes(used & (chunks == begins[sequence])),
-        last=lanes(used & (chunks + 1 == ends[sequence])),
-        sequence=lanes(sequence),
-    )
-
-
 def forward(plan: Plan, order: Order, tokens: Tokens, initial_state, *, keep: bool):
     """Returns `(out, final_state, Saved or None)`."""
     chunks = _all_chunks(plan, order, tokens)
@@ -130,7 +44,7 @@ def forward(plan: Plan, order: Order, tokens: Tokens, initial_state, *, keep: bo
     if plan.lanes > 1:
         inverse = jax.vmap(lambda raw, place: _inverse(plan, raw, place))(chunks, _places(order))
         transition, extra = _lane_maps(plan, order, chunks, inverse, layout)
-        start = _through_lanes(plan, start, transition, extra)
+        start = through_lanes(plan, start, transition, extra)
 
     def step(carry, xs):
         state, finals = carry
@@ -154,7 +68,7 @@ def forward(plan: Plan, order: Order, tokens: Tokens, initial_state, *, keep: bo
     )
     final = _lane(plan, state, -1) if finals is None else finals
     saved = Saved(kept, start, transition) if keep else None
-    return _from_chunks(plan, order, out), final.reshape(initial_state.shape), saved
+    return from_chunks(plan, order, out), final.reshape(initial_state.shape), saved
 
 
 def backward(plan: Plan, order: Order, tokens: Tokens, initial_state, saved: Saved, d_out, d_final):
@@ -162,7 +76,7 @@ def backward(plan: Plan, order: Order, tokens: Tokens, initial_state, saved: Sav
     chunks = _all_chunks(plan, order, tokens)
     layout = _Layout.of(plan, order, tokens, initial_state)
     bank, places = layout.bank, _places(order)
-    d_chunks = _to_chunks(plan, order, d_out)
+    d_chunks = to_chunks(plan, order, d_out)
     d_final = d_final.reshape(layout.shape)
     packed = bank is not None
 
@@ -194,7 +108,7 @@ def backward(plan: Plan, order: Order, tokens: Tokens, initial_state, saved: Sav
             reverse=True,
         )  # fmt: skip
         transposed = jnp.swapaxes(saved.transition, -1, -2)
-        end = _through_lanes(plan, end, transposed, extra, reverse=True)
+        end = through_lanes(plan, end, transposed, extra, reverse=True)
 
     def step(carry, xs):
         d_state, d_bank = carry
@@ -220,7 +134,7 @@ def backward(plan: Plan, order: Order, tokens: Tokens, initial_state, saved: Sav
         step, (end, d_bank), (chunks, places, saved.inverse, d_chunks, states), reverse=True
     )
     d_initial = _lane(plan, d_state, 0) if d_bank is None else d_bank
-    d_tokens = Tokens(*(_from_chunks(plan, order, x) for x in d_raw))
+    d_tokens = Tokens(*(from_chunks(plan, order, x) for x in d_raw))
     return d_tokens, d_initial.reshape(initial_state.shape)
 
 
@@ -264,18 +178,6 @@ def _lane_maps(plan, order, chunks, inverse, layout):
         step, jnp.concatenate([nothing, identity], -1), (chunks, _places(order), inverse)
     )
     return state[..., value_dim:], state[..., :value_dim]
-
-
-def _through_lanes(plan, entry, transition, extra, *, reverse=False):
-    """What every lane starts from: `entry` carried through the affine maps of the lanes before (after) it."""
-    split = lambda x: jnp.moveaxis(x.reshape(plan.batch, plan.lanes, *x.shape[1:]), 1, 0)
-
-    def step(state, lane):
-        m, e = lane
-        return algebra.matmul("bhnij,bhnjv->bhniv", m, state) + e, state
-
-    _, starts = jax.lax.scan(step, entry, (split(transition), split(extra)), reverse=reverse)
-    return jnp.moveaxis(starts, 0, 1).reshape(extra.shape)
 
 
 def _inverse(plan, raw, place):
@@ -352,26 +254,4 @@ def _lane(plan, state, index):
 
 
 def _all_chunks(plan: Plan, order: Order, tokens: Tokens) -> Tokens:
-    return Tokens(*(_to_chunks(plan, order, x) for x in tokens))
-
-
-def _to_chunks(plan: Plan, order: Order, x):
-    """`[B, T, ...]` to `[N, z, C, ...]`, zeros where there is no token."""
-    places = plan.lanes * plan.steps * plan.chunk
-    if order.source is None:
-        x = jnp.pad(x, [(0, 0), (0, places - plan.length)] + [(0, 0)] * (x.ndim - 2))
-    else:
-        x = jnp.take(x, order.source, axis=1, mode="fill", fill_value=0)
-    x = x.reshape(plan.batch, plan.lanes, plan.steps, plan.chunk, *x.shape[2:])
-    x = jnp.moveaxis(x, 2, 0)
-    return x.reshape(plan.steps, plan.batch * plan.lanes, *x.shape[3:])
-
-
-def _from_chunks(plan: Plan, order: Order, x):
-    """`[N, z, C, ...]` back to `[B, T, ...]`."""
-    x = x.reshape(plan.steps, plan.batch, plan.lanes, plan.chunk, *x.shape[3:])
-    x = jnp.moveaxis(x, 0, 2)
-    x = x.reshape(plan.batch, -1, *x.shape[4:])
-    if order.target is None:
-        return x[:, : plan.length]
-    return jnp.take(x, order.target, axis=1, mode="fill", fill_value=0)
+    return Tokens(*(to_chunks(plan, order, x) for x in tokens))

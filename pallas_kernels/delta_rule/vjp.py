@@ -5,19 +5,20 @@ import functools
 import jax
 
 from pallas_kernels.delta_rule import chunked
+from pallas_kernels.delta_rule import order as orders
 
 
 @functools.partial(
     jax.jit, static_argnums=0, inline=True
 )  # outside `jit`, one program, not hundreds
 def gated_delta_rule(
-    plan: chunked.Plan, tokens: chunked.Tokens, initial_state, *, segment_ids, cu_seqlens
+    plan: orders.Plan, tokens: orders.Tokens, initial_state, *, segment_ids, cu_seqlens
 ) -> tuple[jax.Array, jax.Array]:
     """`(out, final_state)` in chunks. Differentiable in reverse to any order; forward mode needs the reference."""
     order = (
-        chunked.dense_order(plan, segment_ids)
+        orders.dense_order(plan, segment_ids)
         if cu_seqlens is None
-        else chunked.packed_order(plan, cu_seqlens)
+        else orders.packed_order(plan, cu_seqlens)
     )
     return _chunked(plan, order, tokens, initial_state)
 

@@ -1,0 +1,198 @@
+"""Where tokens lie: rows cut into chunks and lanes, segments and packed sequences, and the gates as tables.
+
+What the chunked implementations share unchanged. A row of T tokens is cut into P segments ("lanes") of N chunks of C
+tokens; `z` counts batch rows times lanes. Packed `cu_seqlens` rows are gathered into chunks that no sequence shares.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.delta_rule import algebra
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about a call."""
+
+    batch: int
+    length: int
+    chunk: int
+    lanes: int
+    steps: int
+    scale: float
+    use_qk_l2norm: bool
+    per_channel: bool = False  # g holds a decay per key channel; one lane only
+
+
+class Order(NamedTuple):
+    """Where tokens, segments and sequences lie. Everything is None where a call has no such thing.
+
+    Attributes:
+      real: `[N, z, C]` bool, tokens that are not padding.
+      segment: `[N, z, C]` int32, segments started in the chunk up to the token.
+      source, target: `[P N C]` and `[T]` int32: the token in each chunk place (T: none), the place of each token.
+      first, last: `[N, z]` bool, the chunk is the first / last of its sequence.
+      sequence: `[N, z]` int32, the chunk's sequence.
+    """
+
+    real: jax.Array | None = None
+    segment: jax.Array | None = None
+    source: jax.Array | None = None
+    target: jax.Array | None = None
+    first: jax.Array | None = None
+    last: jax.Array | None = None
+    sequence: jax.Array | None = None
+
+
+class Tokens(NamedTuple):
+    """Operands, as the caller gave them or one chunk of them."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    g: jax.Array
+    beta: jax.Array
+
+
+def chunk_count(length: int, num_sequences: int | None, chunk: int) -> int:
+    """Chunks that certainly suffice: with packed sequences, each may leave its last chunk unfilled."""
+    if num_sequences is None:
+        return -(-length // chunk)
+    return min(length, (length + num_sequences * (chunk - 1)) // chunk)
+
+
+def dense_order(plan: Plan, segment_ids) -> Order:
+    """Order of rows that are cut in place."""
+    if segment_ids is None:
+        return Order()
+    starts, real = algebra.segment_starts(segment_ids)
+    in_place = Order()
+    return Order(
+        real=to_chunks(plan, in_place, real),
+        segment=jnp.cumsum(to_chunks(plan, in_place, starts).astype(jnp.int32), axis=-1),
+    )
+
+
+def packed_order(plan: Plan, cu_seqlens) -> Order:
+    """Order of one row of packed sequences, each of which starts a chunk of its own."""
+    lengths = jnp.diff(cu_seqlens)
+    ends = jnp.cumsum((lengths + plan.chunk - 1) // plan.chunk)
+    begins = ends - (lengths + plan.chunk - 1) // plan.chunk
+    chunks = jnp.arange(plan.lanes * plan.steps, dtype=ends.dtype)
+    used = chunks < ends[-1]
+    sequence = jnp.minimum(jnp.searchsorted(ends, chunks, side="right"), lengths.shape[0] - 1)
+    offset = (chunks - begins[sequence])[:, None] * plan.chunk
+    offset += jnp.arange(plan.chunk, dtype=ends.dtype)[None]
+    filled = used[:, None] & (offset < lengths[sequence][:, None])
+    source = jnp.where(filled, cu_seqlens[sequence][:, None] + offset, plan.length)
+
+    tokens = jnp.arange(plan.length, dtype=cu_seqlens.dtype)
+    owner = jnp.searchsorted(cu_seqlens[1:], tokens, side="right")
+    owner_or_last = jnp.minimum(owner, lengths.shape[0] - 1)
+    target = begins[owner_or_last] * plan.chunk + tokens - cu_seqlens[owner_or_last]
+    places = plan.lanes * plan.steps * plan.chunk
+    target = jnp.where(owner < lengths.shape[0], target, places)
+
+    lanes = lambda x: x.reshape(plan.lanes, plan.steps).T
+    return Order(
+        source=source.reshape(-1),
+        target=target,
+        first=lanes(used & (chunks == begins[sequence])),
+        last=lanes(used & (chunks + 1 == ends[sequence])),
+        sequence=lanes(sequence),
+    )
+
+
+def to_rows(plan: Plan, order: Order, x):
+    """`[B, T, ...]` to `[z, N C, ...]`, zeros where there is no token."""
+    places = plan.lanes * plan.steps * plan.chunk
+    if order.source is None:
+        x = jnp.pad(x, [(0, 0), (0, places - plan.length)] + [(0, 0)] * (x.ndim - 2))
+    else:
+        x = jnp.take(x, order.source, axis=1, mode="fill", fill_value=0)
+    return x.reshape(plan.batch * plan.lanes, plan.steps * plan.chunk, *x.shape[2:])
+
+
+def from_rows(plan: Plan, order: Order, x):
+    """`[z, N C, ...]` back to `[B, T, ...]`."""
+    x = x.reshape(plan.batch, -1, *x.shape[2:])
+    if order.target is None:
+        return x[:, : plan.length]
+    return jnp.take(x, order.target, axis=1, mode="fill", fill_value=0)
+
+
+def to_chunks(plan: Plan, order: Order, x):
+    """`[B, T, ...]` to `[N, z, C, ...]`, zeros where there is no token."""
+    x = to_rows(plan, order, x)
+    x = x.reshape(x.shape[0], plan.steps, plan.chunk, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+
+def from_chunks(plan: Plan, order: Order, x):
+    """`[N, z, C, ...]` back to `[B, T, ...]`."""
+    x = jnp.moveaxis(x, 0, 1)
+    return from_rows(plan, order, x.reshape(x.shape[0], -1, *x.shape[3:]))
+
+
+def through_lanes(plan: Plan, entry, transition, extra, *, reverse=False):
+    """What every lane starts from: `entry` carried through the affine maps of the lanes before (after) it."""
+    split = lambda x: jnp.moveaxis(x.reshape(plan.batch, plan.lanes, *x.shape[1:]), 1, 0)
+
+    def step(state, lane):
+        m, e = lane
+        return algebra.matmul("bhnij,bhnjv->bhniv", m, state) + e, state
+
+    _, starts = jax.lax.scan(step, entry, (split(transition), split(extra)), reverse=reverse)
+    return jnp.moveaxis(starts, 0, 1).reshape(extra.shape)
+
+
+class Tables(NamedTuple):
+    """The gates of every chunk as the kernels read them, float32; meanings in `algebra.Gates`.
+
+    Attributes:
+      decay_high, decay_low: `[z, Hv, N C]`, cumulative sum of g inside each chunk as two floats.
+      since_start, until_end: `[z, Hv, N C]`.
+      whole: `[z, Hv, N]`.
+      beta: `[z, Hv, N C]`.
+      segment: `[z, N C]` int32, segments started in the chunk up to the token; None where nothing is packed in place.
+    """
+
+    decay_high: jax.Array
+    decay_low: jax.Array
+    since_start: jax.Array
+    until_end: jax.Array
+    whole: jax.Array
+    beta: jax.Array
+    segment: jax.Array | None
+
+
+def tables(plan: Plan, order: Order, g, beta) -> Tables:
+    """Gates of `g`, `beta` `[B, T, Hv]`, both taken as zero on padding."""
+    rows = plan.batch * plan.lanes
+    real = None if order.real is None else jnp.moveaxis(order.real, 0, 1).reshape(rows, -1)
+
+    def by_chunk(x):
+        x = jnp.swapaxes(to_rows(plan, order, x).astype(jnp.float32), 1, 2)
+        if real is not None:
+            x = jnp.where(real[:, None], x, 0.0)
+        return x.reshape(*x.shape[:2], plan.steps, plan.chunk)
+
+    g, beta = by_chunk(g), by_chunk(beta)
+    high, low = algebra.two_float_cumsum(g)
+    until_end = jnp.exp((high[..., -1:] - high) + (low[..., -1:] - low))
+    since_start = jnp.exp(high + low)
+    segment = None
+    if order.segment is not None:
+        segment = jnp.moveaxis(order.segment, 0, 1)  # [z, N, C]
+        here = segment[:, None]
+        until_end = jnp.where(here == here[..., -1:], until_end, 0.0)
+        since_start = jnp.where(here == 0, since_start, 0.0)
+        segment = segment.reshape(rows, -1)
+    flat = lambda x: x.reshape(*x.shape[:2], -1)
+    return Tables(
+        flat(high), flat(low), flat(since_start), flat(until_end), since_start[..., -1], flat(beta),
+        segment,
+    )  # fmt: skip
