@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_BLOCK = 16  # width of the substitution inside the triangular inverse
+BLOCK = 16  # width of the substitution inside the triangular inverse
 
 
 def matmul(spec: str, *operands):
@@ -97,7 +97,8 @@ def gates(g, segment=None) -> Gates:
       g: `[z, h, n, C]` log decays.
       segment: None, or `[z, C]` int32: how many segments have started in the chunk up to each token.
     """
-    high, low = two_float_cumsum(g)
+    # The barrier keeps XLA from repeating the sums for each of the C^2 differences.
+    high, low = jax.lax.optimization_barrier(two_float_cumsum(g))
     visible = np.tril(np.ones((g.shape[-1],) * 2, bool))
     visible = jnp.asarray(visible).reshape((1,) * (g.ndim - 1) + visible.shape)
     exponent = (high[..., :, None] - high[..., None, :]) + (low[..., :, None] - low[..., None, :])
@@ -127,7 +128,7 @@ def unit_lower_inverse(lower):
     series over the whole chunk would overflow for correlated keys.
     """
     size = lower.shape[-1]
-    width = min(_BLOCK, size)
+    width = min(BLOCK, size)
     inverse = _substitute(_blocks(lower, width, below=0))
     while width < size:
         upper_left, lower_right = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
@@ -188,28 +189,6 @@ def corner_sum(x):
     return jnp.sum(jnp.where(mask.reshape((1,) * (x.ndim - 2) + mask.shape), columns, 0.0), axis=-2)
 
 
-class Advance(NamedTuple):
-    """One chunk of the chain, with what the backward reads again.
-
-    Attributes:
-      state: `[z, h, n, Dk, Dv]` after the chunk.
-      recalled: `[z, h, n, C, Dv]`, what the initial state says about each key (U = K S).
-      residual: `[z, h, n, C, Dv]`, value minus decayed recall (E).
-      write: `[z, h, n, C, Dv]`, residual times beta (R).
-    """
-
-    state: jax.Array
-    recalled: jax.Array
-    residual: jax.Array
-    write: jax.Array
-
-
-def chunk_inverse(key, beta, decay: Gates):
-    """T = (I + strictly_lower(beta Gamma K K^T))^-1, `[z, h, n, C, C]`, from key `[z, h, C, Dk]`."""
-    overlap = matmul("zhik,zhjk->zhij", key, key)[:, :, None]
-    return unit_lower_inverse(strictly_lower(beta[..., None] * decay.between * overlap))
-
-
 def folded_key(key, decay: Gates, inverse):
     """X = T^T (until_end K), `[z, h, n, C, Dk]`: where a token's write R lands in the state at the chunk's end.
 
@@ -219,70 +198,132 @@ def folded_key(key, decay: Gates, inverse):
     return matmul("zhnij,zhnik->zhnjk", inverse, decay.until_end[..., None] * key[:, :, None])
 
 
-def folded_scores(query, key, decay: Gates, inverse, scale):
-    """`(P, P T)`, both `[z, h, n, C, C]`: how outputs read the chunk's updates N = T R, and its writes R."""
-    scores = scale * decay.between * matmul("zhik,zhjk->zhij", query, key)[:, :, None]
-    return scores, matmul("zhnij,zhnjl->zhnil", scores, inverse)
+def chunk_inverse(overlap, beta, decay: Gates):
+    """T = (I + strictly_lower(beta Gamma K K^T))^-1, `[z, h, n, C, C]`, from the overlap K K^T `[z, h, C, C]`."""
+    return unit_lower_inverse(
+        strictly_lower(beta[..., None] * decay.between * overlap[:, :, None])
+    )  # fmt: skip
 
 
-def advance(state, key, value, beta, decay: Gates, inverse) -> Advance:
-    """The state after one chunk. Beta multiplies in float32 outside of T, which keeps its unit diagonal."""
-    recalled = matmul("zhck,zhnkv->zhncv", key, state)
-    residual = value - decay.since_start[..., None] * recalled
-    write = beta[..., None] * residual
-    written = matmul("zhnck,zhncv->zhnkv", folded_key(key, decay, inverse), write)
-    return Advance(decay.whole[..., None, None] * state + written, recalled, residual, write)
+class Terms(NamedTuple):
+    """What of a chunk does not depend on the state; all chunks can have it at once.
+
+    Attributes:
+      readers: `[z, h, C or 2 C, Dk]`: the keys, then the queries where outputs are wanted.
+      landing: `[z, h, n, Dk or Dk + C, C]`: X^T, then Ph = P T; where writes land in the state, and in the outputs.
+      inverse: `[z, h, n, C, C]`, T.
+    """
+
+    readers: jax.Array
+    landing: jax.Array
+    inverse: jax.Array
 
 
-def chunk_output(state, query, key, write, decay: Gates, inverse, scale):
-    """`[z, h, n, C, Dv]`: what the queries read from the chunk's initial state and from its own writes."""
-    _, scores = folded_scores(query, key, decay, inverse, scale)
-    carried = matmul("zhck,zhnkv->zhncv", query, state)
-    inside = matmul("zhnij,zhnjv->zhniv", scores, write)
-    return scale * decay.since_start[..., None] * carried + inside
+def chunk_terms(query, key, beta, decay: Gates, scale, *, inverse=None) -> Terms:
+    """Terms of a chunk; `query=None` where only the state is wanted, `inverse=None` where T is not known yet.
+
+    Keys and queries, and what multiplies T, lie in one operand each: two large products cost less than four.
+    """
+    size = key.shape[-2]
+    readers = key if query is None else jnp.concatenate([key, query], axis=-2)
+    overlap = matmul("zhik,zhjk->zhij", readers, key)
+    if inverse is None:
+        inverse = chunk_inverse(overlap[..., :size, :], beta, decay)
+    landing = jnp.swapaxes(decay.until_end[..., None] * key[:, :, None], -1, -2)
+    if query is not None:
+        scores = scale * decay.between * overlap[:, :, None, size:]
+        landing = jnp.concatenate([landing, scores], axis=-2)
+    return Terms(readers, matmul("zhnij,zhnjl->zhnil", landing, inverse), inverse)
+
+
+def advance(state, terms: Terms, value, beta, decay: Gates, scale):
+    """`(state, out)` of one chunk, out `[z, h, n, C, Dv]` or None. Beta multiplies in float32 outside of T.
+
+    The chain: two dependent products, all that the next chunk waits for.
+    """
+    size, key_dim = value.shape[-2], state.shape[-2]
+    read = matmul("zhck,zhnkv->zhncv", terms.readers, state)
+    since = decay.since_start[..., None]
+    write = beta[..., None] * (value - since * read[..., :size, :])
+    landed = matmul("zhnij,zhnjv->zhniv", terms.landing, write)
+    after = decay.whole[..., None, None] * state + landed[..., :key_dim, :]
+    if read.shape[-2] == size:
+        return after, None
+    return after, scale * since * read[..., size:, :] + landed[..., key_dim:, :]
 
 
 class ChunkGradients(NamedTuple):
-    """Cotangents of one chunk's inputs (shapes of the inputs) and of its initial state."""
+    """Cotangents of one chunk's inputs, in their shapes."""
 
     query: jax.Array
     key: jax.Array
     value: jax.Array
     g: jax.Array
     beta: jax.Array
+
+
+class Echo(NamedTuple):
+    """What of a chunk's cotangents does not depend on that of its final state.
+
+    Attributes:
+      landing: `[z, h, n, C, Dk]`, X.
+      scores: `[z, h, n, C, C]`, P, by which outputs read the updates.
+      write: `[z, h, n, C, Dv]`, Ph^T dO, the outputs' share of the cotangent of R = beta E.
+      state: `[z, h, n, Dk, Dv]`, scale Q^T (since dO), the outputs' share of that of the initial state.
+    """
+
+    landing: jax.Array
+    scores: jax.Array
+    write: jax.Array
     state: jax.Array
 
 
-def retreat(d_out, d_state, query, key, beta, decay: Gates, inverse, scale):
-    """Cotangents `(d_state before the chunk, d_write, P)`; d_write belongs to R = beta E.
+def chunk_echo(d_out, query, key, decay: Gates, inverse, scale) -> Echo:
+    """The cotangents that outputs send back inside their own chunk."""
+    scores = scale * decay.between * matmul("zhik,zhjk->zhij", query, key)[:, :, None]
+    folded = matmul("zhnij,zhnjl->zhnil", scores, inverse)
+    carried = scale * decay.since_start[..., None] * d_out
+    return Echo(
+        folded_key(key, decay, inverse),
+        scores,
+        matmul("zhnij,zhniv->zhnjv", folded, d_out),
+        matmul("zhck,zhncv->zhnkv", query, carried),
+    )
 
-    The chain of the backward: all that the previous chunk waits for.
-    """
-    inside, scores = folded_scores(query, key, decay, inverse, scale)
-    landing = folded_key(key, decay, inverse)
-    d_write = matmul("zhnck,zhnkv->zhncv", landing, d_state)
-    d_write += matmul("zhnij,zhniv->zhnjv", scores, d_out)
-    since = decay.since_start[..., None]
-    d_before = decay.whole[..., None, None] * d_state
-    d_before += scale * matmul("zhck,zhncv->zhnkv", query, since * d_out)
-    d_before -= matmul("zhck,zhncv->zhnkv", key, since * beta[..., None] * d_write)
-    return d_before, d_write, inside
+
+def retreat(d_state, echo: Echo, key, beta, decay: Gates):
+    """`(d_state before the chunk, d_write)`; d_write belongs to R = beta E. The chain of the backward."""
+    d_write = matmul("zhnck,zhnkv->zhncv", echo.landing, d_state) + echo.write
+    forgotten = (decay.since_start * beta)[..., None] * d_write
+    d_before = decay.whole[..., None, None] * d_state + echo.state
+    return d_before - matmul("zhck,zhncv->zhnkv", key, forgotten), d_write
 
 
 def chunk_gradients(
-    d_out, d_state, state, query, key, value, beta, decay: Gates, inverse, scale
+    d_out,
+    d_state,
+    d_write,
+    echo: Echo,
+    state,
+    query,
+    key,
+    value,
+    beta,
+    decay: Gates,
+    inverse,
+    scale,
 ) -> ChunkGradients:
-    """Gradients of one chunk from its initial state, the cotangent of its output and that of its final state."""
-    d_before, d_write, inside = retreat(d_out, d_state, query, key, beta, decay, inverse, scale)
-    chain = advance(state, key, value, beta, decay, inverse)
-    update = matmul("zhnij,zhnjv->zhniv", inverse, chain.write)
+    """Gradients of one chunk's inputs from its initial state, and the cotangents of its outputs, end and writes."""
     since, until = decay.since_start[..., None], decay.until_end[..., None]
+    recalled = matmul("zhck,zhnkv->zhncv", key, state)
+    residual = value - since * recalled
+    update = matmul("zhnij,zhnjv->zhniv", inverse, beta[..., None] * residual)
     d_residual = beta[..., None] * d_write
 
     gated_overlap = strictly_lower(decay.between * matmul("zhik,zhjk->zhij", key, key)[:, :, None])
     d_lower = -strictly_lower(matmul("zhniv,zhnjv->zhnij", d_write, update))
     d_inside = matmul("zhniv,zhnjv->zhnij", d_out, update)
-    d_beta = jnp.sum(d_write * chain.residual, -1) + jnp.sum(d_lower * gated_overlap, -1)
+    d_beta = jnp.sum(d_write * residual, -1) + jnp.sum(d_lower * gated_overlap, -1)
 
     d_carried = scale * since * matmul("zhncv,zhnkv->zhnck", d_out, state)
     d_landed = until * matmul("zhncv,zhnkv->zhnck", update, d_state)
@@ -297,66 +338,9 @@ def chunk_gradients(
     )
 
     at_reader = jnp.sum(query[:, :, None] * d_carried, -1)
-    at_reader -= jnp.sum(since * d_residual * chain.recalled, -1)
+    at_reader -= jnp.sum(since * d_residual * recalled, -1)
     at_writer = jnp.sum(key[:, :, None] * d_landed, -1)
-    pairs = d_lower * beta[..., None] * gated_overlap + strictly_lower(d_inside * inside)
+    pairs = d_lower * beta[..., None] * gated_overlap + strictly_lower(d_inside * echo.scores)
     through = decay.whole * jnp.sum(d_state * state, (-1, -2))
     d_g = corner_sum(pairs) + suffix_from(at_reader) + prefix_before(at_writer) + through[..., None]
-    return ChunkGradients(d_query, d_key, d_residual, d_g, d_beta, d_before)
-
-
-def channel_chunk(state, query, key, value, g, beta, segment, scale):
-    """One chunk with a decay per key channel, g `[z, h, C, Dk]`: `(state after it, output [z, h, n, C, Dv])`."""
-    sums = two_float_cumsum(jnp.swapaxes(g, -1, -2))
-    high, low = (jnp.swapaxes(x, -1, -2) for x in sums)
-    until = jnp.exp((high[..., -1:, :] - high) + (low[..., -1:, :] - low))
-    since = jnp.exp(high + low)
-    whole = since[..., -1, :]
-    size = g.shape[-2]
-    visible = jnp.asarray(np.tril(np.ones((size, size), bool)))[None]
-    if segment is not None:
-        visible = visible & (segment[:, :, None] == segment[:, None, :])
-        until = jnp.where((segment == segment[:, -1:])[:, None, :, None], until, 0.0)
-        since = jnp.where((segment == 0)[:, None, :, None], since, 0.0)
-        whole = since[..., -1, :]
-    pairs = lambda x: jnp.where(visible[:, None], _channel_scores(x, key, high, low), 0.0)
-
-    lower = strictly_lower(beta[..., None] * pairs(key)[:, :, None])
-    recalled = matmul("zhck,zhnkv->zhncv", since * key, state)
-    written = beta[..., None] * (value - recalled)
-    update = matmul("zhnij,zhnjv->zhniv", unit_lower_inverse(lower), written)
-    out = matmul("zhck,zhnkv->zhncv", since * query, state)
-    out += matmul("zhij,zhnjv->zhniv", pairs(query), update)
-    after = whole[:, :, None, :, None] * state
-    return after + matmul("zhck,zhncv->zhnkv", until * key, update), scale * out
-
-
-def _channel_scores(left, right, high, low):
-    """`sum_d left[i, d] right[j, d] e^(G_id - G_jd)` for i >= j, `[z, h, C, C]`; anything above the diagonal.
-
-    By blocks of 16, so that no exponent is positive: rows against earlier blocks split the decay at the block's start;
-    inside a block the exponents are formed one by one.
-    """
-    size, width = left.shape[-2], min(_BLOCK, left.shape[-2])
-    inside = jnp.asarray(np.tril(np.ones((width, width), bool)))[None, None, :, :, None]
-    rows = []
-    for begin in range(0, size, width):
-        here, ago = slice(begin, begin + width), slice(0, begin)
-        own_high, own_low = high[..., here, :], low[..., here, :]
-        exponent = own_high[..., :, None, :] - own_high[..., None, :, :]
-        exponent += own_low[..., :, None, :] - own_low[..., None, :, :]
-        decay = jnp.where(inside, jnp.exp(jnp.where(inside, exponent, 0.0)), 0.0)
-        block = [matmul("zhik,zhijk,zhjk->zhij", left[..., here, :], decay, right[..., here, :])]
-        if begin:
-            last = slice(begin - 1, begin)
-            to_here = (own_high - high[..., last, :]) + (own_low - low[..., last, :])
-            from_ago = (high[..., last, :] - high[..., ago, :]) + (
-                low[..., last, :] - low[..., ago, :]
-            )
-            entering = left[..., here, :] * jnp.exp(to_here)
-            leaving = right[..., ago, :] * jnp.exp(from_ago)
-            block.insert(0, matmul("zhik,zhjk->zhij", entering, leaving))
-        after = size - begin - width
-        row = jnp.concatenate(block, axis=-1)
-        rows.append(jnp.pad(row, ((0, 0), (0, 0), (0, 0), (0, after))))
-    return jnp.concatenate(rows, axis=-2)
+    return ChunkGradients(d_query, d_key, d_residual, d_g, d_beta)

@@ -222,10 +222,13 @@ def _plan(sizes, cu_seqlens, scale, use_qk_l2norm, chunk_size, *, per_channel) -
     sequences = None if cu_seqlens is None else sizes["sequences"]
     chunk = chunk_size or tuning.chunk_size(sizes["T"], sequences)
     count = order.chunk_count(sizes["T"], sequences, chunk)
-    lanes = 1 if per_channel else tuning.segments(count, _dispatch.platform())
+    platform = _dispatch.platform()
+    lanes = 1 if per_channel else tuning.segments(count, platform)
+    steps = -(-count // lanes)
+    block = tuning.block(steps, sizes["B"] * lanes * sizes["Hv"], platform)
     return order.Plan(
-        batch=sizes["B"], length=sizes["T"], chunk=chunk, lanes=lanes, steps=-(-count // lanes),
-        scale=scale, use_qk_l2norm=use_qk_l2norm, per_channel=per_channel,
+        batch=sizes["B"], length=sizes["T"], chunk=chunk, lanes=lanes, steps=-(-steps // block) * block,
+        scale=scale, use_qk_l2norm=use_qk_l2norm, block=block, per_channel=per_channel,
     )  # fmt: skip
 
 

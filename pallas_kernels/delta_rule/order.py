@@ -24,6 +24,7 @@ class Plan:
     steps: int
     scale: float
     use_qk_l2norm: bool
+    block: int = 1  # chunks whose state-free part is computed at once; divides `steps`
     per_channel: bool = False  # g holds a decay per key channel; one lane only
 
 
@@ -147,6 +148,88 @@ def through_lanes(plan: Plan, entry, transition, extra, *, reverse=False):
 
     _, starts = jax.lax.scan(step, entry, (split(transition), split(extra)), reverse=reverse)
     return jnp.moveaxis(starts, 0, 1).reshape(extra.shape)
+
+
+class States(NamedTuple):
+    """Where states start: `bank` holds every packed sequence's own, `entry` a dense row's; `shape` is that of both."""
+
+    shape: tuple[int, ...]
+    entry: jax.Array
+    bank: jax.Array | None
+
+
+def start_states(plan: Plan, order: Order, tokens: Tokens, initial_state) -> States:
+    """`[.., Hv, Dk, Dv]` by groups: `[.., h, n, Dk, Dv]`."""
+    heads, group = tokens.key.shape[2], tokens.value.shape[2] // tokens.key.shape[2]
+    states = initial_state.reshape(-1, heads, group, *initial_state.shape[-2:])
+    if order.sequence is None:
+        return States(states.shape, states, None)
+    return States(
+        states.shape, jnp.zeros_like(states, shape=(plan.batch, *states.shape[1:])), states
+    )
+
+
+def places(order: Order) -> Order:
+    """The part of the order that a scan over chunks walks through."""
+    return order._replace(source=None, target=None)
+
+
+def load(plan: Plan, place: Order, query, key, value, g, beta) -> Tokens:
+    """One chunk's operands, wide, heads first and by groups: padding is zero whatever it held."""
+    compute = algebra.compute_dtype(value.dtype)
+    heads = key.shape[2]
+
+    def clean(x):
+        if place.real is not None:
+            x = jnp.where(place.real.reshape(place.real.shape + (1,) * (x.ndim - 2)), x, 0)
+        return jnp.moveaxis(x.astype(compute), 1, 2)
+
+    q, k = clean(query), clean(key)
+    if plan.use_qk_l2norm:
+        q, k = algebra.l2_normalize(q), algebra.l2_normalize(k)
+    decay = clean(g) if plan.per_channel else by_group(clean(g), heads)
+    return Tokens(q, k, by_group(clean(value), heads), decay, by_group(clean(beta), heads))
+
+
+def by_group(x, heads):
+    """`[z, Hv, C, ...]` to `[z, h, n, C, ...]`."""
+    return x.reshape(x.shape[0], heads, x.shape[1] // heads, *x.shape[2:])
+
+
+def join_groups(x):
+    """`[z, h, n, C, Dv]` to `[z, C, Hv, Dv]`."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, 2)
+
+
+def enter(state, place: Order, bank, *, at: str = "first"):
+    """Lanes whose chunk is the first (in the backward: the last) of a sequence take that sequence's own state."""
+    if bank is None:
+        return state
+    here = getattr(place, at)
+    return jnp.where(here[:, None, None, None, None], bank[place.sequence], state)
+
+
+def cut(d_state, place: Order):
+    """Nothing flows from a packed sequence to the one before it."""
+    if place.first is None:
+        return d_state
+    return jnp.where(place.first[:, None, None, None, None], 0.0, d_state)
+
+
+def put(bank, here, place: Order, state):
+    """Files the states of lanes that are `here` under their sequences."""
+    if bank is None or place.sequence is None:
+        return None
+    return bank.at[jnp.where(here, place.sequence, bank.shape[0])].set(state, mode="drop")
+
+
+def lane(plan: Plan, state, index):
+    """The state of every row's lane `index`."""
+    return state.reshape(plan.batch, plan.lanes, *state.shape[1:])[:, index]
+
+
+def all_chunks(plan: Plan, order: Order, tokens: Tokens) -> Tokens:
+    return Tokens(*(to_chunks(plan, order, x) for x in tokens))
 
 
 class Tables(NamedTuple):

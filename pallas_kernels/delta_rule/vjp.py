@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from pallas_kernels.delta_rule import chunked
+from pallas_kernels.delta_rule import channelwise, chunked
 from pallas_kernels.delta_rule import order as orders
 
 
@@ -25,10 +25,15 @@ def gated_delta_rule(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(plan, order, tokens, initial_state):
+    if plan.per_channel:
+        return channelwise.forward(plan, order, tokens, initial_state)
     return chunked.forward(plan, order, tokens, initial_state, keep=False)[:2]
 
 
 def _forward(plan, order, tokens, initial_state):
+    if plan.per_channel:
+        out, final = channelwise.forward(plan, order, tokens, initial_state)
+        return (out, final), (order, tokens, initial_state, None)
     out, final, saved = chunked.forward(plan, order, tokens, initial_state, keep=True)
     return (out, final), (order, tokens, initial_state, saved)
 
@@ -36,10 +41,9 @@ def _forward(plan, order, tokens, initial_state):
 def _backward(plan, residuals, cotangents):
     order, tokens, initial_state, saved = residuals
     d_out, d_final = cotangents
-    d_tokens, d_initial = chunked.backward(
-        plan, order, tokens, initial_state, saved, d_out, d_final
-    )
-    return None, d_tokens, d_initial
+    if plan.per_channel:
+        return None, *channelwise.backward(plan, order, tokens, initial_state, d_out, d_final)
+    return None, *chunked.backward(plan, order, tokens, initial_state, saved, d_out, d_final)
 
 
 _chunked.defvjp(_forward, _backward)
