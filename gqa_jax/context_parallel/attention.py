@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gqa_jax.context_parallel import all_gather, all_to_all, halo, ring
@@ -128,6 +129,6 @@ def _with_sinks(result: AttentionOutput, sinks: Array | None, dtype) -> Attentio
     if sinks is not None:
         sinks = cast_like(sinks.astype(lse.dtype)[None, None], lse)
         total = jnp.logaddexp(lse, sinks)
-        out = out * jnp.exp(lse - total)[..., None].astype(jnp.promote_types(out.dtype, lse.dtype))
+        out = out * jnp.exp(lse - total)[..., None].astype(np.promote_types(out.dtype, lse.dtype))
         lse = total
     return AttentionOutput(out.astype(dtype), lse)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
@@ -64,7 +65,7 @@ def attention(
         computes all.
     """
     devices = lax.axis_size(axis_name)
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    wide = np.promote_types(query.dtype, jnp.float32)
     everyone = jax.tree.map(lambda x: lax.all_gather(x, axis_name), marks)  # [n, B, T], small
 
     def of_step(everyone, step) -> Marks:
