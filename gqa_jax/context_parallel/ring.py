@@ -4,6 +4,7 @@ The backward sends them round again with their gradients, which accumulate in fl
 block's forward once more instead of keeping n blocks. (Ring attention, arXiv 2310.01889.)
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,10 @@ def attention(
             return update(carry)
         return lax.cond(masked(mine, theirs), lambda carry: carry, update, carry)
 
+    def joined(query, key, value, marks, theirs, carry):
+        out, lse = carry
+        return _merge(out, lse, attend(query, key, value, marks, theirs))
+
     @jax.custom_vjp
     def run(query, key, value, marks, everyone):
         out, lse = attend(query, key, value, marks, of_step(everyone, 0))
@@ -86,10 +91,7 @@ def attention(
             # Without this the scheduler runs all hops first, one after the other, with nothing to hide them.
             lse, key, value = lax.optimization_barrier((lse, key, value))
             theirs = of_step(everyone, step)
-
-            def join(carry, key=key, value=value, theirs=theirs):
-                return _merge(*carry, attend(query, key, value, marks, theirs))
-
+            join = functools.partial(joined, query, key, value, marks, theirs)
             out, lse = unless_masked(marks, theirs, step, join, (out, lse))
         return out, lse
 
