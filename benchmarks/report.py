@@ -119,7 +119,52 @@ def plot_ratios(axis, rows: list[Row]) -> None:
     axis.legend(fontsize=6)
 
 
+def gibibytes(count: float) -> str:
+    """Bytes as GiB."""
+    return f"{count / 2**30:.2f}"
+
+
+def sent(row: Row, *, crosses_hosts: bool) -> float:
+    """Bytes that one device of a plan sends in a step, within its host or beyond."""
+    return sum(t["sent_bytes"] for t in row["traffic"] if t["crosses_hosts"] == crosses_hosts)
+
+
+def plot_plans(axis, rows: list[Row]) -> None:
+    """Memory and bytes sent per device over the number of GPUs, both axes logarithmic."""
+    devices = [row["devices"] for row in rows]
+    lines = {
+        "arguments": [row["argument_bytes"] for row in rows],
+        "temporary": [row["temporary_bytes"] for row in rows],
+        "sent over NVLink": [sent(row, crosses_hosts=False) for row in rows],
+        "sent between hosts": [sent(row, crosses_hosts=True) for row in rows],
+    }
+    for (label, values), style in zip(lines.items(), ("-", "-", "--", "--"), strict=True):
+        gib = [value / 2**30 if value else float("nan") for value in values]
+        axis.plot(devices, gib, style, marker="o", label=label)
+    axis.axhline(rows[0]["memory_bytes"] / 2**30, color="black", linewidth=0.8, label="the device")
+    axis.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="GiB per device and step")
+    axis.set_xticks(devices, [str(n) for n in devices])
+    axis.minorticks_off()
+    axis.legend(fontsize=7)
+
+
 REPORTS: dict[str, Report] = {
+    "planner": Report(
+        title="One training step of Qwen3-8B at 32768 tokens per row, as compiled for 1 to 512 H200s",
+        columns={
+            "GPUs": field("devices"),
+            "mesh": lambda row: " ".join(f"{k}={v}" for k, v in row["mesh"].items()),
+            "rows": field("batch"),
+            "arguments GiB": lambda row: gibibytes(row["argument_bytes"]),
+            "temporary GiB": lambda row: gibibytes(row["temporary_bytes"]),
+            "fits": lambda row: "yes" if row["fits"] else "no",
+            "NVLink GiB": lambda row: gibibytes(sent(row, crosses_hosts=False)),
+            "between hosts GiB": lambda row: gibibytes(sent(row, crosses_hosts=True)),
+            "not hidden ms": lambda row: f"{row['exposed_seconds'] * 1e3:.0f}",
+            "bound ms": lambda row: f"{row['bound']['seconds'] * 1e3:.0f} ({row['bound']['by']})",
+        },
+        plot=plot_plans,
+    ),
     "attention_memory": Report(
         title="Attention, forward and backward: scratch memory as compiled",
         columns={

@@ -1,4 +1,4 @@
-"""`python -m gqa_jax`: the demo, generation from a checkpoint, and what this machine would run."""
+"""`python -m gqa_jax`: the demo, generation from a checkpoint, plans for GPUs, and what this machine would run."""
 
 import argparse
 import importlib.metadata
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from gqa_jax import checkpoint, demo
 from gqa_jax.byte_text import VOCAB_SIZE, as_text
 from gqa_jax.generate import stream
+from gqa_jax.planner import command as plan_command
 from pallas_kernels import explain
 
 PACKAGES = (
@@ -62,6 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
     command.add_argument("--stop", metavar="1,2", help="token ids that end the text")
     command.set_defaults(run=run_generate)
+
+    command = commands.add_parser(
+        "plan",
+        help="what a step costs on 1 to 512 GPUs that are not there",
+        description=plan_command.DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan_command.add_arguments(command)
 
     command = commands.add_parser(
         "info", help="versions, devices, and which implementation each operator would run and why"

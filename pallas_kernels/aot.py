@@ -22,6 +22,7 @@ import fnmatch
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -30,19 +31,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import _aot_cases, _dispatch
 from pallas_kernels._sass import KernelFacts, parse
+from pallas_kernels._targets import GPUS_PER_HOST as GPUS_PER_HOST
+from pallas_kernels._targets import Rates as Rates
+from pallas_kernels._targets import capability, description
+from pallas_kernels._targets import rates as rates
+from pallas_kernels._targets import targets as targets
 
-TARGETS = pathlib.Path(__file__).parent / "targets"
 SHARED_MEMORY_BYTES = 232448  # 227 KiB: what one block may opt in to on sm_90 and sm_100
-GPUS_PER_HOST = 8
 MARKS = ("<!-- aot table: begin -->", "<!-- aot table: end -->")
 _DUMPS = ("MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_RESOURCES", "MOSAIC_GPU_DUMP_SASS")
 _COLLECTIVE = re.compile(
@@ -81,6 +85,20 @@ class Report:
     tensor_instructions: tuple[int, ...] = ()
 
 
+class Compiled(NamedTuple):
+    """A program compiled for a GPU that is not there.
+
+    Attributes:
+      executable: cannot run; `as_text()` and `memory_analysis()` can be asked.
+      kernels: its Mosaic GPU kernels.
+      seconds: wall-clock time of lowering and compilation.
+    """
+
+    executable: jax.stages.Compiled
+    kernels: tuple[KernelFacts, ...]
+    seconds: float
+
+
 def unavailable_reason() -> str | None:
     """Why nothing can be compiled here, or None."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None and (
@@ -99,20 +117,29 @@ def _nvdisasm() -> str | None:
     return str(places[0]) if places else shutil.which("nvdisasm")
 
 
-def targets() -> tuple[str, ...]:
-    """Names of the GPUs that can be compiled for."""
-    return tuple(sorted(path.stem for path in TARGETS.glob("*.txtpb")))
+def topology(
+    target: str = "h200",
+    *,
+    devices: int = 1,
+    axis: str = "device",
+    shape: Mapping[str, int] | None = None,
+    explicit: bool = False,
+) -> jax.sharding.Mesh:
+    """A mesh of GPUs that are not there, 8 to a host.
 
-
-def topology(target: str = "h200", *, devices: int = 1, axis: str = "device") -> jax.sharding.Mesh:
-    """A mesh of GPUs that are not there: `devices` of them along one axis, 8 to a host.
+    Args:
+      target: a name from `targets()`.
+      devices, axis: how many along one axis.
+      shape: axis -> size in place of those two, the first axis spread widest; its last axes lie within a host.
+      explicit: axes are `Explicit` instead of `Auto`.
 
     Raises:
       ValueError: unknown target, or a number of devices that does not fill its hosts.
       RuntimeError: the CUDA plugin or nvdisasm is missing.
     """
-    if target not in targets():
-        raise ValueError(f"`target` must be one of {', '.join(targets())}, got {target!r}")
+    proto = description(target)
+    shape = {axis: devices} if shape is None else dict(shape)
+    devices = math.prod(shape.values())
     if devices < 1 or (devices > GPUS_PER_HOST and devices % GPUS_PER_HOST):
         raise ValueError(f"`devices` must be 1..8 or a multiple of 8, got {devices}")
     reason = unavailable_reason()
@@ -121,13 +148,17 @@ def topology(target: str = "h200", *, devices: int = 1, axis: str = "device") ->
     # Without a driver the plugin would refuse to register when it checks library versions.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     hosts = max(1, devices // GPUS_PER_HOST)
-    description = topologies.get_topology_desc(
+    gpus = topologies.get_topology_desc(
         f"{target}x{devices}",
         platform="cuda",
-        target_config=(TARGETS / f"{target}.txtpb").read_text(),
+        target_config=proto,
         topology=f"1x{hosts}x{devices // hosts}",
     )
-    return topologies.make_mesh(description, (devices,), (axis,))
+    return jax.sharding.Mesh(
+        np.asarray(gpus.devices).reshape(tuple(shape.values())),
+        tuple(shape),
+        axis_types=(AxisType.Explicit if explicit else AxisType.Auto,) * len(shape),
+    )
 
 
 def compile_program(
@@ -156,35 +187,44 @@ def compile_program(
         sharding = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or replicated)
 
-    arguments = jax.tree.map(described, arguments)
-    start = time.perf_counter()
-    with _printed(_DUMPS) as printed, _dispatch.assume_compute_capability(_capability(mesh)):
-        compiled = jax.jit(function, **jit_options).lower(*arguments).compile()
-    seconds = time.perf_counter() - start
-    memory: Any = compiled.memory_analysis()
+    compiled = compile_only(function, *jax.tree.map(described, arguments), mesh=mesh, **jit_options)
+    memory: Any = compiled.executable.memory_analysis()
     return Report(
         name=name or getattr(function, "__name__", "program"),
         target=mesh.devices.flat[0].device_kind,
         devices=mesh.devices.size,
-        seconds=round(seconds, 2),
-        kernels=parse(printed["text"]),
+        seconds=compiled.seconds,
+        kernels=compiled.kernels,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        collectives=_collectives(compiled.as_text() or ""),
+        collectives=_collectives(compiled.executable.as_text() or ""),
     )
 
 
-def _capability(mesh: jax.sharding.Mesh) -> str:
-    """Compute capability of a mesh's GPUs, from the text proto of that name."""
-    kind = mesh.devices.flat[0].device_kind
-    for path in TARGETS.glob("*.txtpb"):
-        text = path.read_text()
-        found = re.search(r'platform_version: "Compute Capability ([\d.]+)a?"', text)
-        if found and f'name: "{kind}"' in text:
-            return found[1]
-    raise ValueError(f"`mesh` must come from `topology`, got devices of kind {kind!r}")
+def compile_only(
+    function: Callable[..., Any],
+    *arguments: Any,
+    mesh: jax.sharding.Mesh,
+    **jit_options: Any,
+) -> Compiled:
+    """Lowers and compiles `function(*arguments)`, kernels chosen as on the GPUs of the mesh.
+
+    Args:
+      function: anything `jax.jit` takes.
+      *arguments: pytrees of `jax.ShapeDtypeStruct` with shardings on the mesh.
+      mesh: from `topology`.
+      **jit_options: for `jax.jit`, for example `donate_argnums` or `compiler_options`.
+    """
+    start = time.perf_counter()
+    kind = capability(mesh.devices.flat[0].device_kind)
+    with _printed(_DUMPS) as printed, _dispatch.assume_compute_capability(kind):
+        traced = jax.jit(function, **jit_options).trace(*arguments)
+        # Named, because Explicit axes would have the platform looked up among those that can run here.
+        executable = traced.lower(lowering_platforms=("cuda",)).compile()
+    seconds = round(time.perf_counter() - start, 2)
+    return Compiled(executable, parse(printed["text"]), seconds)
 
 
 @contextlib.contextmanager

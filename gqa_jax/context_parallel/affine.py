@@ -9,8 +9,6 @@ from jaxtyping import Array, Float
 
 from gqa_jax.context_parallel.order import Layout
 
-_GATHER_UP_TO = 4  # devices; beyond, log2(n) hops move fewer bytes than gathering n pairs
-
 
 class Affine(NamedTuple):
     """`S -> matrix @ S + offset`.
@@ -52,16 +50,41 @@ def incoming_states(
       initial_state: before the row.
       axis_name: the axis that splits the tokens.
       layout: which chunks those are.
-      exchange: "all_gather", "prefix_scan", or None for the one that sends less.
+      exchange: "all_gather", "prefix_scan", "all_to_all", or None for the one that sends the fewest bytes.
+
+    Raises:
+      ValueError: "all_to_all" with heads that the axis does not divide.
     """
+    devices, (heads, key_dim, value_dim) = lax.axis_size(axis_name), maps.offset.shape[2:]
     if exchange is None:
-        exchange = "all_gather" if lax.axis_size(axis_name) <= _GATHER_UP_TO else "prefix_scan"
-    run = _by_all_gather if exchange == "all_gather" else _by_prefix_scan
+        exchange = cheapest_exchange(devices, heads, key_dim, value_dim)
+    if exchange == "all_to_all" and heads % devices:
+        raise ValueError(
+            f"state_exchange 'all_to_all' must have a multiple of {devices} value heads on each device (axis "
+            f"{axis_name!r}), got {heads}; use 'all_gather' or 'prefix_scan'"
+        )
+    run = {
+        "all_gather": _by_all_gather,
+        "prefix_scan": _by_prefix_scan,
+        "all_to_all": _by_all_to_all,
+    }[exchange]
     incoming = run(maps, initial_state, axis_name, layout)
     after = Affine(*(x[:, -1] for x in maps))(incoming[:, -1])
     holder = 0 if layout == "zigzag" else lax.axis_size(axis_name) - 1  # of the row's last chunk
     mine = lax.axis_index(axis_name) == holder
     return incoming, lax.psum(jnp.where(mine, after, jnp.zeros_like(after)), axis_name)
+
+
+def cheapest_exchange(devices: int, heads: int, key_dim: int, value_dim: int) -> str:
+    """The exchange for which a device sends the fewest numbers per head and chunk in the forward."""
+    pair, state = key_dim * (key_dim + value_dim), key_dim * value_dim
+    sent: dict[str, float] = {
+        "all_gather": (devices - 1) * pair,
+        "prefix_scan": ((devices - 1).bit_length() + 1) * pair,
+    }
+    if heads % devices == 0:
+        sent["all_to_all"] = (pair + state) * (devices - 1) / devices
+    return min(sent, key=lambda name: sent[name])
 
 
 def _natural_order(x: Array, layout: Layout) -> list[Array]:
@@ -116,6 +139,63 @@ def _by_all_gather(maps, initial_state, axis_name, layout):
         # The initial state is one for all devices and its gradient is summed over them: one speaks for all.
         first = lax.axis_index(axis_name) == 0
         return Affine(d_matrix, d_offset), jnp.where(first, d_state, jnp.zeros_like(d_state))
+
+    run.defvjp(forward, backward)
+    return run(maps, initial_state)
+
+
+def _by_all_to_all(maps, initial_state, axis_name, layout):
+    """Summaries are traded for heads: every device folds the whole row for its share of the heads.
+
+    The states before each chunk are traded back. As in `_by_all_gather` only cotangents of states travel backward.
+    """
+    devices = lax.axis_size(axis_name)
+
+    def to_heads(x):
+        """`[B, slots, H, ...]` of this device's chunks as one `[B, H / n, ...]` per chunk of the row."""
+        x = lax.all_to_all(x, axis_name, split_axis=2, concat_axis=0, tiled=True)
+        return _natural_order(x.reshape(devices, -1, *x.shape[1:]), layout)
+
+    def to_chunks(chunks):
+        """The inverse."""
+        low = jnp.stack(chunks[:devices])
+        slots = [low] if layout != "zigzag" else [low, jnp.stack(chunks[: devices - 1 : -1])]
+        x = jnp.stack(slots, axis=2)  # [n, B, slots, H / n, ...]
+        x = x.reshape(-1, *x.shape[2:])
+        return lax.all_to_all(x, axis_name, split_axis=0, concat_axis=2, tiled=True)
+
+    def own_heads(x):
+        share = x.shape[1] // devices
+        return lax.dynamic_slice_in_dim(x, lax.axis_index(axis_name) * share, share, axis=1)
+
+    @jax.custom_vjp
+    def run(maps, initial_state):
+        return forward(maps, initial_state)[0]
+
+    def forward(maps, initial_state):
+        key_dim = maps.matrix.shape[-1]
+        state, states, matrices = own_heads(initial_state), [], []
+        for both in to_heads(jnp.concatenate(maps, axis=-1)):
+            states.append(state)
+            matrices.append(both[..., :key_dim])
+            state = _dot(matrices[-1], state) + both[..., key_dim:]
+        incoming = to_chunks(states)
+        return incoming, (matrices, incoming)
+
+    def backward(residuals, d_incoming):
+        matrices, incoming = residuals
+        everyone = to_heads(d_incoming)
+        d_state, d_offsets = jnp.zeros_like(everyone[0]), []
+        for matrix, d_here in zip(reversed(matrices), reversed(everyone), strict=True):
+            d_offsets.append(d_state)
+            d_state = _dot(jnp.swapaxes(matrix, -1, -2), d_state) + d_here
+        d_offset = to_chunks(d_offsets[::-1])
+        d_matrix = _dot(d_offset, jnp.swapaxes(incoming, -1, -2))
+        # Summed over devices, of which each knows the gradient of its heads.
+        d_initial = jnp.zeros_like(incoming[:, 0])
+        start = lax.axis_index(axis_name) * d_state.shape[1]
+        d_initial = lax.dynamic_update_slice_in_dim(d_initial, d_state, start, axis=1)
+        return Affine(d_matrix, d_offset), d_initial
 
     run.defvjp(forward, backward)
     return run(maps, initial_state)

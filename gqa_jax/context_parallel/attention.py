@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gqa_jax.context_parallel import all_gather, all_to_all, halo, ring
@@ -84,6 +85,18 @@ def context_attention_with_lse(
     def whole_rows(query, key, value, marks):
         return attend(query, key, value, marks, marks)
 
+    def masked(mine: Marks, theirs: Marks) -> Array:
+        first, last = mine.positions.min(), mine.positions.max()
+        unseen = theirs.positions.min() > last
+        if sliding_window is not None:
+            unseen |= first - theirs.positions.max() >= sliding_window
+        return unseen
+
+    # In zig-zag every device's second chunk sees something of every other device: asking would only cost.
+    skips = is_causal and layout != "zigzag"
+    around: dict[str, Any] = dict(
+        masked=masked if skips else None, past_only=is_causal and layout == "contiguous"
+    )
     reach = halo.pays(length, axis_name, sliding_window, layout)
     common: dict[str, Any] = dict(axis_name=axis_name, attend=attend)
     if mode == "a2a":
@@ -96,13 +109,15 @@ def context_attention_with_lse(
             raise ValueError(f"mode 'a2a+ring' must have two axes or more, got {axis_name!r}")
 
         def along_outer(query, key, value, marks):
-            return ring.attention(query, key, value, marks, axis_name=tuple(outer), attend=attend)
+            return ring.attention(
+                query, key, value, marks, axis_name=tuple(outer), attend=attend, **around
+            )
 
         result = all_to_all.attention(query, key, value, marks, axis_name=inner, attend=along_outer)
     elif reach is not None:
         result = halo.attention(query, key, value, marks, layout=layout, reach=reach, **common)
     elif mode == "ring":
-        result = ring.attention(query, key, value, marks, **common)
+        result = ring.attention(query, key, value, marks, **common, **around)
     else:
         result = all_gather.attention(query, key, value, marks, **common)
     return _with_sinks(result, sinks, query.dtype)
@@ -114,6 +129,6 @@ def _with_sinks(result: AttentionOutput, sinks: Array | None, dtype) -> Attentio
     if sinks is not None:
         sinks = cast_like(sinks.astype(lse.dtype)[None, None], lse)
         total = jnp.logaddexp(lse, sinks)
-        out = out * jnp.exp(lse - total)[..., None].astype(jnp.promote_types(out.dtype, lse.dtype))
+        out = out * jnp.exp(lse - total)[..., None].astype(np.promote_types(out.dtype, lse.dtype))
         lse = total
     return AttentionOutput(out.astype(dtype), lse)

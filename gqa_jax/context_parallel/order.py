@@ -29,8 +29,8 @@ class ContextParallel:
       layout: the order of tokens, made by `to_layout`. "positions": any order, told by the `positions` of the call.
       axis_name: the mesh axes (major first) that split the tokens; layers fill it in from `MeshAxes.seq`, callers of
         the operators inside their own `shard_map` give it.
-      state_exchange: Gated DeltaNet sends summaries by "all_gather", by log2(n) hops ("prefix_scan"), or what costs
-        less (None).
+      state_exchange: Gated DeltaNet sends summaries by "all_gather", by log2(n) hops ("prefix_scan"), trades them for
+        heads ("all_to_all"; needs value heads divisible by the axis), or does what sends the fewest bytes (None).
 
     Raises:
       ValueError: an unknown mode, layout or exchange.
@@ -38,14 +38,14 @@ class ContextParallel:
 
     mode: Mode = "all_gather"
     layout: Layout = "zigzag"
-    state_exchange: Literal["all_gather", "prefix_scan"] | None = None
+    state_exchange: Literal["all_gather", "prefix_scan", "all_to_all"] | None = None
     axis_name: str | tuple[str, ...] | None = None
 
     def __post_init__(self):
         for field, choices in (
             ("mode", ("all_gather", "ring", "a2a", "a2a+ring")),
             ("layout", ("contiguous", "zigzag", "positions")),
-            ("state_exchange", (None, "all_gather", "prefix_scan")),
+            ("state_exchange", (None, "all_gather", "prefix_scan", "all_to_all")),
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(

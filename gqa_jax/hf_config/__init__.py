@@ -6,7 +6,8 @@ are read (`rope_parameters`; `rope_theta` with `rope_scaling`); `rope_parameters
 """
 
 from gqa_jax.hf_config.families import FAMILIES
+from gqa_jax.hf_config.presets import PRESETS
 from gqa_jax.hf_config.read import from_hf
 from gqa_jax.hf_config.write import to_hf_config
 
-__all__ = ["FAMILIES", "from_hf", "to_hf_config"]
+__all__ = ["FAMILIES", "PRESETS", "from_hf", "to_hf_config"]

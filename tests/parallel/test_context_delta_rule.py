@@ -26,7 +26,7 @@ from tests.support.meshes import mesh, pairwise
 CASES = pairwise(
     11,
     layout=["contiguous", "zigzag"],
-    exchange=["all_gather", "prefix_scan", None],
+    exchange=["all_gather", "prefix_scan", "all_to_all", None],
     packed=[False, True],
     initial=[False, True],
     kind=["auto", "explicit"],
