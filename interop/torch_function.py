@@ -45,10 +45,10 @@ def wrap(
 ) -> Callable:
     """Makes a jittable JAX function of arrays a PyTorch function of tensors.
 
-    Arguments and results are pytrees of tensors (under `torch.compile`: tuples, lists, dicts, NamedTuples, None). The
-    function is compiled once per combination of shapes, dtypes, static values and gradients asked for. It works under
-    autograd (first order by saved residuals, higher orders by recomputation), `torch.func.grad` / `vmap` / `jacrev`,
-    checkpointing, threads and `torch.compile(fullgraph=True)`, where every shape is compiled for itself.
+    Arguments and results are pytrees of tensors (under `torch.compile`: tuples, lists, dicts, NamedTuples, dataclasses,
+    None). The function is compiled once per combination of shapes, dtypes, static values and gradients asked for. It
+    works under autograd (first order by saved residuals, higher orders by recomputation), `torch.func.grad` / `vmap` /
+    `jacrev`, checkpointing, threads and `torch.compile(fullgraph=True)`, where every shape is compiled for itself.
     Inputs and what the backward pass reads are saved by PyTorch, so an in-place change before `backward` raises.
     Autocast does not change dtypes: cast the inputs. float64 and complex128 inputs turn on 64-bit JAX for this call.
     Forward-mode differentiation (`torch.func.jvp`) and CUDA graph capture are refused.
