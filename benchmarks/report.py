@@ -83,6 +83,18 @@ def field(name: str) -> Callable[[Row], str]:
     return lambda row: str(row[name])
 
 
+def per_call(variant: str) -> Callable[[Row], str]:
+    """Cell: time of one call, in microseconds or milliseconds as the row has it."""
+
+    def cell(row: Row) -> str:
+        micro, milli = row.get("microseconds", {}), row.get("milliseconds", {})
+        if variant in micro:
+            return f"{micro[variant]:,.0f} us"
+        return f"{milli[variant]:.1f} ms" if variant in milli else ""
+
+    return cell
+
+
 def megabytes(variant: str) -> Callable[[Row], str]:
     """Cell: bytes of a variant in MB."""
     return lambda row: f"{row['bytes'][variant] / 1e6:,.1f}"
@@ -188,6 +200,24 @@ REPORTS: dict[str, Report] = {
             "vs torch": ratio("torch"),
         },
         plot=plot_ratios,
+    ),
+    "bridge_cpu": Report(
+        title="Calling JAX from PyTorch on a CPU: one call",
+        columns={
+            "what": field("what"),
+            "T": field("length"),
+            "backward": field("backward"),
+            "ours": lambda row: per_call("ours" if row["what"] == "tiny" else "bridge")(row),
+            "jax alone": per_call("jax"),
+            "naive bridge": per_call("naive"),
+            "torch eager": per_call("torch"),
+            "naive / ours": lambda row: (
+                f"{row['naive_over_ours']:.1f}" if "naive_over_ours" in row else ""
+            ),
+            "the bridge adds": lambda row: (
+                f"{row['bridge_adds']:.1%}" if "bridge_adds" in row else ""
+            ),
+        },
     ),
 }
 

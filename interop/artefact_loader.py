@@ -42,8 +42,12 @@ def read_manifest(folder: Any) -> dict[str, Any]:
     missing = _FIELDS - manifest.keys()
     if missing:
         raise ValueError(f"{path} is damaged: it lacks {sorted(missing)}")
+    if not isinstance(manifest["files"], dict):
+        raise ValueError(f"{path} is damaged: `files` must be an object, got {manifest['files']!r}")
     for entry in manifest["files"].values():
-        if not re.fullmatch(r"[\w.-]+", entry["file"]):
+        if not isinstance(entry, dict) or not entry.keys() >= {"file", "bytes", "sha256"}:
+            raise ValueError(f"{path} is damaged: {entry!r} describes no file")
+        if not re.fullmatch(r"\w[\w.-]*", str(entry["file"])):
             raise ValueError(f"{path} is damaged: {entry['file']!r} is no file name")
     return manifest
 
@@ -75,7 +79,10 @@ def read_exported(folder: Any, platform: str | None = None) -> jax.export.Export
         )
     if hashlib.sha256(blob).hexdigest() != files[platform]["sha256"]:
         raise ValueError(f"{path} is damaged: its SHA-256 is not the manifest's")
-    exported = jax.export.deserialize(bytearray(blob))
+    try:
+        exported = jax.export.deserialize(bytearray(blob))
+    except Exception as error:  # flatbuffers raises whatever the bytes lead it to
+        raise ValueError(f"{path} is damaged: it holds no exported function ({error})") from error
     version = exported.calling_convention_version
     lowest = jax.export.minimum_supported_calling_convention_version
     highest = jax.export.maximum_supported_calling_convention_version

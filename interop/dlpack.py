@@ -5,8 +5,10 @@ What JAX cannot read safely never reaches it: see `to_jax`. Ordering on CUDA is 
 """
 
 import contextlib
+import functools
 import os
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,8 +109,9 @@ def to_jax(tensor: torch.Tensor, *, wide: Wide = "error", copy: bool | None = No
             )
         tensor = _narrow(tensor)
     tensor = tensor.resolve_conj().resolve_neg().contiguous()
-    if 1 in tensor.shape:
-        tensor = _canonical_strides(tensor)
+    strides = _canonical_strides(tensor.shape)
+    if tensor.stride() != strides:
+        tensor = tensor.as_strided(tensor.shape, strides)
     if tensor.data_ptr() % _ALIGNMENT and tensor.device.type == "cpu":
         tensor = tensor.clone()
     shared = tensor.data_ptr() == given.data_ptr() and tensor.dtype == given.dtype
@@ -126,7 +129,7 @@ def to_jax(tensor: torch.Tensor, *, wide: Wide = "error", copy: bool | None = No
 def import_plain(tensor: torch.Tensor, wide: Wide) -> jax.Array:
     """`to_jax(tensor, wide=wide)` with one glance at what is nearly always so: dense, aligned, on the CPU."""
     if (
-        callable(_direct_import)
+        isinstance(_direct, Direct)
         and type(tensor) in _PLAIN
         and tensor.dtype in _SIMPLE
         and tensor.layout is torch.strided
@@ -134,13 +137,19 @@ def import_plain(tensor: torch.Tensor, wide: Wide) -> jax.Array:
         and not tensor.is_meta
         and not tensor.is_nested
         and not is_functorch_wrapped_tensor(tensor)
-        and tensor.is_contiguous()
+        and tensor.stride() == _canonical_strides(tensor.shape)
         and not tensor.data_ptr() % _ALIGNMENT
         and not _forked
-        and 1 not in tensor.shape
     ):
-        return _direct_import(tensor)  # pyright: ignore[reportReturnType]
+        return _direct.to_jax(tensor)
     return to_jax(tensor, wide=wide)
+
+
+def exporter(like: torch.Tensor) -> Callable[[jax.Array], torch.Tensor]:
+    """`to_torch` without questions, for results of JAX on the device of `like`."""
+    if isinstance(_direct, Direct) and not like.is_cuda:
+        return _direct.to_torch
+    return torch.from_dlpack
 
 
 def to_torch(array: jax.Array, *, copy: bool | None = None) -> torch.Tensor:
@@ -265,13 +274,14 @@ def _narrow(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(target)
 
 
-def _canonical_strides(tensor: torch.Tensor) -> torch.Tensor:
+@functools.lru_cache(maxsize=4096)
+def _canonical_strides(shape: torch.Size) -> tuple[int, ...]:
     """Torch ignores strides of size-1 axes; JAX would take them for another layout and compile again."""
     strides, step = [], 1
-    for size in reversed(tensor.shape):
+    for size in reversed(shape):
         strides.append(step)
         step *= max(size, 1)
-    return tensor.as_strided(tensor.shape, tuple(reversed(strides)))
+    return tuple(reversed(strides))
 
 
 def _device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -282,36 +292,46 @@ def _import_public(tensor: torch.Tensor) -> jax.Array:
     return jax.dlpack.from_dlpack(tensor)
 
 
-def _find_direct_import():
-    """JAX's own entry without its Python layers (four times faster on the CPU), or None.
+class Direct(NamedTuple):
+    """JAX's own ways in and out without their Python layers, several times faster; tensors and arrays on the CPU."""
 
-    It is private, so it counts as present only if one tensor makes the round trip.
-    """
+    to_jax: Callable[[torch.Tensor], jax.Array]
+    to_torch: Callable[[jax.Array], torch.Tensor]
+
+
+def _find_direct() -> Direct | None:
+    """The direct ways are private, so they count as present only if one tensor makes the round trip."""
     try:
         from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 
         device = jax.devices("cpu")[0]
-        convert, export = _jax.dlpack_managed_tensor_to_buffer, torch._C._to_dlpack
+        into_jax, out_of_torch = _jax.dlpack_managed_tensor_to_buffer, torch._C._to_dlpack
+        into_torch, out_of_jax = torch._C._from_dlpack, _jax.buffer_to_dlpack_managed_tensor
+        direct = Direct(
+            lambda tensor: into_jax(out_of_torch(tensor), device, None, None),
+            lambda array: into_torch(
+                out_of_jax(array, None)
+            ),  # without a stream: waits for the array
+        )
         probe = torch.arange(32, dtype=torch.float32).reshape(4, 8)
-        array = convert(export(probe), device, None, None)
-        same = array.unsafe_buffer_pointer() == probe.data_ptr()
-        if not (same and isinstance(array, jax.Array) and array.tolist() == probe.tolist()):
+        array = direct.to_jax(probe)
+        back = direct.to_torch(array)
+        shared = array.unsafe_buffer_pointer() == probe.data_ptr() == back.data_ptr()
+        if not (shared and isinstance(array, jax.Array) and torch.equal(back, probe)):
             return None
     except Exception:  # whatever a future JAX raises here, the public entry remains
         return None
-    return lambda tensor: convert(export(tensor), device, None, None)
+    return direct
 
 
 _UNKNOWN = object()
-_direct_import: Any = (
-    _UNKNOWN  # looked for at first use: importing this file must not start a backend
-)
+_direct: Any = _UNKNOWN  # looked for at first use: importing this file must not start a backend
 
 
 def _import(tensor: torch.Tensor) -> jax.Array:
-    global _direct_import
+    global _direct
     if tensor.is_cuda:
         return _import_public(tensor)
-    if _direct_import is _UNKNOWN:
-        _direct_import = _find_direct_import()
-    return (_direct_import or _import_public)(tensor)
+    if _direct is _UNKNOWN:
+        _direct = _find_direct()
+    return _direct.to_jax(tensor) if _direct else _import_public(tensor)

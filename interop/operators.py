@@ -96,7 +96,7 @@ def gated_delta_rule(
 
     Args:
       query, key: `[B, T, Hk, Dk]`; value: `[B, T, Hv, Dv]`; Hv a multiple of Hk.
-      g, beta: `[B, T, Hv]`, natural-log decay (<= 0) and write strength.
+      g, beta: `[B, T, Hv]`, natural-log decay (<= 0; per channel `[B, T, Hk, Dk]`) and write strength.
       initial_state ... implementation: as there.
 
     Raises:

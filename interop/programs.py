@@ -15,11 +15,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import tree_flatten, tree_unflatten
 
 from interop.dlpack import _TO_TORCH, Wide
 
 Signature = tuple[tuple[tuple[int, ...], Any], ...]
+Unpack = Callable[[Sequence[jax.Array]], list[jax.Array]]
+_SMALL_BYTES = 1 << 16
 
 _serial = itertools.count()
 # Keys end up in graphs that torch caches on disk: another process must never take one for its own.
@@ -44,11 +47,15 @@ class Source(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How to rebuild a `jax.vjp` object: its tree, the source of each leaf, and the residuals' own types."""
+    """How to rebuild a `jax.vjp` object: its tree, the source of each leaf, and the residuals as they were.
+
+    `num_carriers` arrays hold the residuals; `unpack` takes them out again.
+    """
 
     tree: Any
     sources: tuple[Source, ...]
-    decoders: tuple[Callable[[jax.Array], jax.Array], ...]
+    num_carriers: int
+    unpack: "Unpack"
 
     def indices(self, kind: str) -> list[int]:
         """Indices of the inputs ("in") or results ("out") that are read, in the order they are taken."""
@@ -225,15 +232,18 @@ class Program:
                 residuals.append(encoded)
                 decoders.append(decode)
             sources.append(source)
-        self._recipes[wanted, signature_of(xs)] = Recipe(tree, tuple(sources), tuple(decoders))
-        return outs, residuals
+        carriers, split = _pack(residuals)
+        unpack = lambda arrays: [d(a) for d, a in zip(decoders, split(arrays), strict=True)]
+        recipe = Recipe(tree, tuple(sources), len(carriers), unpack)
+        self._recipes[wanted, signature_of(xs)] = recipe
+        return outs, carriers
 
     def _pull_back(self, recipe: Recipe, flat: Sequence[jax.Array]) -> list[jax.Array]:
         values = iter(flat)
         known = {Source("in", i): next(values) for i in recipe.indices("in")}
         known |= {Source("out", i): next(values) for i in recipe.indices("out")}
-        for i, decode in enumerate(recipe.decoders):
-            known[Source("residual", i)] = decode(next(values))
+        residuals = recipe.unpack([next(values) for _ in range(recipe.num_carriers)])
+        known |= {Source("residual", i): residual for i, residual in enumerate(residuals)}
         vjp = tree_unflatten(recipe.tree, [known[source] for source in recipe.sources])
         return _gradients(vjp, list(values))
 
@@ -260,6 +270,26 @@ def _encode(leaf: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array
     if jnp.issubdtype(dtype, jnp.integer):
         carrier = jnp.int8 if jnp.issubdtype(dtype, jnp.signedinteger) else jnp.uint8
     return leaf.astype(carrier), lambda array: array.astype(dtype)
+
+
+def _pack(arrays: Sequence[jax.Array]) -> tuple[list[jax.Array], Unpack]:
+    """Small arrays of one dtype end to end in one, and the way back: each handover costs more than their copy."""
+    groups: dict[Any, list[int]] = {}
+    for i, array in enumerate(arrays):
+        small = array.size * array.dtype.itemsize <= _SMALL_BYTES
+        groups.setdefault(array.dtype if small else i, []).append(i)
+    members, shapes = list(groups.values()), [array.shape for array in arrays]
+    ends = [np.cumsum([arrays[i].size for i in group])[:-1].tolist() for group in members]
+
+    def split(carriers: Sequence[jax.Array]) -> list[jax.Array]:
+        found: dict[int, jax.Array] = {}
+        for carrier, group, end in zip(carriers, members, ends, strict=True):
+            parts = jnp.split(carrier, end) if end else [carrier]
+            found |= {i: part.reshape(shapes[i]) for i, part in zip(group, parts, strict=True)}
+        return [found[i] for i in range(len(shapes))]
+
+    join = lambda group: jnp.concatenate([arrays[i].reshape(-1) for i in group])
+    return [arrays[group[0]] if len(group) == 1 else join(group) for group in members], split
 
 
 def signature_of(arrays: Sequence[Any]) -> Signature:

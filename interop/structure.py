@@ -1,15 +1,18 @@
 """Trees of tensors in a form that `torch.compile` can trace: nested tuples of constants.
 
 Eager calls use JAX's pytrees, which are faster and know every registered type; while torch traces, only tuples,
-lists, dicts, NamedTuples and None are understood.
+lists, dicts, NamedTuples, None and dataclasses (whose fields are arrays unless marked `static`, as
+`jax.tree_util.register_dataclass` has it) are understood.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import torch
 
-Structure = tuple  # (kind, detail, children); kind is "leaf", "none", "tuple", "list", "dict" or "namedtuple"
+# (kind, detail, children); kind is "leaf", "none", "tuple", "list", "dict", "namedtuple" or "dataclass"
+Structure = tuple
 LEAF: Structure = ("leaf", None, ())
 _NONE: Structure = ("none", None, ())
 
@@ -40,9 +43,23 @@ def _flatten(tree: Any, leaves: list[torch.Tensor]) -> Structure:
         if hasattr(tree, "_fields"):
             return ("namedtuple", type(tree), children)
         return ("tuple", None, children)
+    if dataclasses.is_dataclass(tree):
+        names, fixed = _fields(type(tree))
+        static = tuple((name, getattr(tree, name)) for name in fixed)
+        children = tuple(_flatten(getattr(tree, name), leaves) for name in names)
+        return ("dataclass", (type(tree), names, static), children)
     raise TypeError(
-        f"arguments must be tensors in tuples, lists or dicts, got {type(tree).__name__}"
+        f"arguments must be tensors in tuples, lists, dicts or dataclasses, got {type(tree).__name__}"
     )
+
+
+@torch._dynamo.assume_constant_result
+def _fields(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of a dataclass's fields that hold arrays, and of those that are static."""
+    fields = dataclasses.fields(kind)
+    is_static = lambda field: bool(field.metadata.get("static"))
+    names = tuple(field.name for field in fields if not is_static(field))
+    return names, tuple(field.name for field in fields if is_static(field))
 
 
 def rebuild(structure: Structure, leaves: Any) -> Any:
@@ -68,6 +85,10 @@ def _rebuild(structure: Structure, leaves: Any, position: int) -> tuple[int, Any
         return position, {name: values[i] for i, name in enumerate(detail)}
     if kind == "namedtuple":
         return position, detail(*values)
+    if kind == "dataclass":
+        made, names, static = detail
+        given = {name: values[i] for i, name in enumerate(names)}
+        return position, made(**given, **dict(static))
     return position, tuple(values)
 
 
@@ -106,8 +127,14 @@ def _describe(tree: Any) -> Structure:
             if hasattr(tree, "_fields")
             else ("tuple", None, children)
         )
+    if dataclasses.is_dataclass(tree):
+        names, fixed = _fields(type(tree))
+        static = tuple((name, getattr(tree, name)) for name in fixed)
+        children = tuple(_describe(getattr(tree, name)) for name in names)
+        return ("dataclass", (type(tree), names, static), children)
     if isinstance(tree, int):
         return LEAF
     raise TypeError(
-        f"under torch.compile results must be tuples, lists, dicts or NamedTuples, got {type(tree).__name__}"
+        "under torch.compile results must be tuples, lists, dicts, NamedTuples or dataclasses, got "
+        f"{type(tree).__name__}"
     )

@@ -18,7 +18,16 @@ from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unf
 from torch import Tensor
 
 from interop import programs, structure
-from interop.dlpack import _NARROW, _PLAIN, _TO_JAX, Wide, _device_of, dtype_to_torch, import_plain
+from interop.dlpack import (
+    _NARROW,
+    _PLAIN,
+    _TO_JAX,
+    Wide,
+    _device_of,
+    dtype_to_torch,
+    exporter,
+    import_plain,
+)
 from interop.programs import Owner, Program, Signature
 
 _TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.pt2_compliant_tag)
@@ -36,10 +45,10 @@ def wrap(
 ) -> Callable:
     """Makes a jittable JAX function of arrays a PyTorch function of tensors.
 
-    Arguments and results are pytrees of tensors (under `torch.compile`: tuples, lists, dicts, NamedTuples, None). The
-    function is compiled once per combination of shapes, dtypes, static values and gradients asked for. It works under
-    autograd (first order by saved residuals, higher orders by recomputation), `torch.func.grad` / `vmap` / `jacrev`,
-    checkpointing, threads and `torch.compile(fullgraph=True)`, where every shape is compiled for itself.
+    Arguments and results are pytrees of tensors (under `torch.compile`: tuples, lists, dicts, NamedTuples, dataclasses,
+    None). The function is compiled once per combination of shapes, dtypes, static values and gradients asked for. It
+    works under autograd (first order by saved residuals, higher orders by recomputation), `torch.func.grad` / `vmap` /
+    `jacrev`, checkpointing, threads and `torch.compile(fullgraph=True)`, where every shape is compiled for itself.
     Inputs and what the backward pass reads are saved by PyTorch, so an in-place change before `backward` raises.
     Autocast does not change dtypes: cast the inputs. float64 and complex128 inputs turn on 64-bit JAX for this call.
     Forward-mode differentiation (`torch.func.jvp`) and CUDA graph capture are refused.
@@ -307,7 +316,8 @@ def _run_forward(xs: Sequence[Tensor], key: str, wanted: str) -> tuple[list[Tens
         outs, residuals = (
             program.saving(wanted)(*arrays) if wanted else (program.plain(*arrays), ())
         )
-        return [torch.from_dlpack(o) for o in outs], [torch.from_dlpack(r) for r in residuals]
+        export = exporter(xs[0])
+        return [export(o) for o in outs], [export(r) for r in residuals]
 
 
 def _run_backward(xs, outs, residuals, cotangents, key: str, wanted: str) -> list[Tensor]:
@@ -315,9 +325,8 @@ def _run_backward(xs, outs, residuals, cotangents, key: str, wanted: str) -> lis
     with _place(xs), _x64(xs):
         recipe, pull_back = program.backward(wanted, _signature(xs, program))
         used = [*(xs[i] for i in recipe.indices("in")), *outs, *residuals, *cotangents]
-        return [
-            torch.from_dlpack(g) for g in pull_back(*[import_plain(x, program.wide) for x in used])
-        ]
+        export = exporter(xs[0])
+        return [export(g) for g in pull_back(*[import_plain(x, program.wide) for x in used])]
 
 
 def _place(xs: Sequence[Tensor]) -> contextlib.AbstractContextManager:

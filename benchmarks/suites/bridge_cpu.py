@@ -15,10 +15,17 @@ TESTS = ["tests/interop/test_dlpack.py", "tests/interop/test_torch_function.py"]
 
 
 def measure(quick: bool) -> list[dict]:
-    """Rows of `what`: "tiny" (microseconds per call) and "attention" (milliseconds, and what the bridge adds)."""
+    """Rows of `what`: "tiny" (microseconds per call) and "attention" (milliseconds, and what the bridge adds).
+
+    XLA runs matrices of 4 x 4 in the calling thread: their time is the bridge's. It hands 8 x 8 to a thread of its own
+    and is waited for, which costs whoever calls it, JAX too, tens of microseconds where threads wake slowly.
+    """
     torch.set_num_threads(1)
-    rows = [tiny(backward=backward, calls=5 if quick else 200) for backward in (False, True)]
-    length, rounds = (64, 1) if quick else (2048, 7)
+    calls = 5 if quick else 200
+    rows = [
+        tiny(size, backward=backward, calls=calls) for size in (4, 8) for backward in (False, True)
+    ]
+    length, rounds = (64, 1) if quick else (2048, 25)
     return [*rows, *(in_use(length, backward=b, rounds=rounds) for b in (False, True))]
 
 
@@ -54,10 +61,17 @@ def naive(function):
     return call
 
 
-def tiny(*, backward: bool, calls: int) -> dict:
-    """Overhead of one call on 8 x 8 tensors."""
-    tensors = [torch.randn(8, 8, requires_grad=backward) for _ in range(3)]
-    ones = torch.ones(8, 8)
+def tiny(size: int, *, backward: bool, calls: int) -> dict:
+    """Overhead of one call on three square matrices; `jax` is the compiled function called from JAX and waited for."""
+    tensors = [torch.randn(size, size, requires_grad=backward) for _ in range(3)]
+    ones = torch.ones(size, size)
+    arrays, cotangent = [interop.to_jax(x) for x in tensors], interop.to_jax(ones)
+    forward = jax.jit((lambda *xs: jax.vjp(mix, *xs)) if backward else mix)
+    pull = jax.jit(lambda vjp, ct: vjp(ct))
+
+    def jax_alone():
+        out = forward(*arrays)
+        jax.block_until_ready(pull(out[1], cotangent) if backward else out)
 
     def repeat(function, count):
         def run():
@@ -68,18 +82,24 @@ def tiny(*, backward: bool, calls: int) -> dict:
 
         return run
 
+    def repeat_jax():
+        for _ in range(calls):
+            jax_alone()
+
     few = max(calls // 20, 1)  # naive is slow: fewer calls, same figure per call
     times = timing.paired(
         {
             "ours": repeat(interop.wrap(mix), calls),
             "naive": repeat(naive(mix), few),
             "torch": repeat(torch_mix, calls),
+            "jax": repeat_jax,
         }
     )
-    per_call = {"ours": calls, "naive": few, "torch": calls}
+    per_call = {"ours": calls, "naive": few, "torch": calls, "jax": calls}
     micro = {name: 1e6 * t["median"] / per_call[name] for name, t in times.items()}
     return {
-        "what": "tiny", "backward": backward, "microseconds": micro, "naive_over_ours": micro["naive"] / micro["ours"],
+        "what": "tiny", "length": size, "backward": backward, "microseconds": micro,
+        "naive_over_ours": micro["naive"] / micro["ours"],
     }  # fmt: skip
 
 

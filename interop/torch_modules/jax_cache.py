@@ -67,6 +67,9 @@ def new_cache(owner: CacheOwner, make: Callable[[], Any]) -> Any:
     return JaxCache(arrays) if owner == "jax" else tree_to_torch(arrays, copy=True)
 
 
+@torch.compiler.disable(
+    reason="a JaxCache is changed in place by JAX and cannot be traced: use init_cache(owner='torch')"
+)
 def step_in_place(step: Callable, inputs: Any, cache: JaxCache, **options: Tensor | None) -> Tensor:
     """Runs `step(inputs, cache arrays, options) -> (out, cache)`, which donates the cache.
 
@@ -83,7 +86,12 @@ def step_in_place(step: Callable, inputs: Any, cache: JaxCache, **options: Tenso
 
 
 def check_room(cache: Any, num_new: int, lengths: Tensor | None) -> None:
-    """Raises `ValueError` where a row would overflow. On a GPU such rows return NaN: looking would wait for it."""
+    """Raises `ValueError` where a row would overflow.
+
+    On a GPU and under `torch.compile` such rows return NaN: looking would wait for the GPU, or break the graph.
+    """
+    if torch.compiler.is_compiling():
+        return
     arrays = cache.arrays if isinstance(cache, JaxCache) else cache
     capacity = getattr(arrays, "max_tokens", None)
     if capacity is None:

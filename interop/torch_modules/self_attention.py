@@ -53,6 +53,8 @@ class SelfAttention(JaxBacked):
 
     _attend: Callable
     _step: Callable
+    k_proj: torch.nn.Linear
+    o_proj: torch.nn.Linear
 
     def __init__(self, config: gqa_jax.AttentionConfig, *, device=None, dtype=None):
         """Builds the layer.
@@ -63,22 +65,7 @@ class SelfAttention(JaxBacked):
         """
         super().__init__()
         self.config = config
-        heads, groups, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        linear = functools.partial(torch.nn.Linear, device=device, dtype=dtype)
-        self.q_proj = linear(
-            config.model_dim, heads * dim * (2 if config.output_gate else 1), bias=config.qkv_bias
-        )
-        self.k_proj = linear(config.model_dim, groups * dim, bias=config.qkv_bias)
-        self.v_proj = linear(config.model_dim, groups * dim, bias=config.qkv_bias)
-        self.o_proj = linear(heads * dim, config.model_dim, bias=config.out_bias)
-        self.q_norm = self.k_norm = None
-        if config.qk_norm in ("rms", "rms_zero_centred"):
-            initial = 1.0 if config.qk_norm == "rms" else 0.0
-            self.q_norm = Scale(dim, initial, device=device, dtype=dtype)
-            self.k_norm = Scale(dim, initial, device=device, dtype=dtype)
-        self.sinks = None
-        if config.sinks == "learnable":
-            self.sinks = torch.nn.Parameter(torch.zeros(heads, device=device, dtype=dtype))
+        add_parameters(self, config, config.model_dim, device=device, dtype=dtype)
         self.bind()
 
     def _bind(self) -> dict[str, Callable]:
@@ -109,7 +96,7 @@ class SelfAttention(JaxBacked):
         self._check(x)
         rate = self.config.dropout_rate if self.training else 0.0
         out = self._attend(
-            self._project(x), positions=_int32(positions), segment_ids=_int32(segment_ids), mask=mask,
+            project(self, x, x), positions=_int32(positions), segment_ids=_int32(segment_ids), mask=mask,
             dropout_seed=draw_seed(x, rate, None),
         )  # fmt: skip
         return self.o_proj(out)
@@ -162,16 +149,17 @@ class SelfAttention(JaxBacked):
           `[B, T, M]` (rows beyond `lengths` hold no meaning) and the advanced cache.
 
         Raises:
-          ValueError: shapes that do not fit, or a cache too short (on a GPU such rows return NaN instead).
+          ValueError: shapes that do not fit, or a cache too short (on a GPU and under `torch.compile` such rows return
+            NaN instead).
           RuntimeError: a `JaxCache` while gradients are recorded.
         """
         self._check(x)
         check_room(cache, x.shape[1], lengths)
         options = dict(lengths=_int32(lengths), positions=_int32(positions))
         if isinstance(cache, JaxCache):
-            out = step_in_place(_step_jit(self.config), self._project(x), cache, **options)
+            out = step_in_place(_step_jit(self.config), project(self, x, x), cache, **options)
         else:
-            out, cache = self._step(self._project(x), cache, **options)
+            out, cache = self._step(project(self, x, x), cache, **options)
         return self.o_proj(out), cache
 
     def _check(self, x: Tensor) -> None:
@@ -180,15 +168,63 @@ class SelfAttention(JaxBacked):
                 f"`x` must have shape [B, T, M={self.config.model_dim}], got {tuple(x.shape)}"
             )
 
-    def _project(self, x: Tensor) -> dict[str, Tensor | None]:
-        return {
-            "query": self.q_proj(x),
-            "key": self.k_proj(x),
-            "value": self.v_proj(x),
-            "q_norm": None if self.q_norm is None else self.q_norm.weight,
-            "k_norm": None if self.k_norm is None else self.k_norm.weight,
-            "sinks": self.sinks,
-        }
+
+def add_parameters(
+    module: Any,
+    config: gqa_jax.AttentionConfig,
+    memory_dim: int,
+    *,
+    device=None,
+    dtype=None,
+) -> None:
+    """Gives the module its projections (keys and values of width `memory_dim`), norms and sinks."""
+    heads, groups, dim = config.num_heads, config.num_kv_heads, config.head_dim
+    linear = functools.partial(torch.nn.Linear, device=device, dtype=dtype)
+    queries = heads * dim * (2 if config.output_gate else 1)
+    module.q_proj = linear(config.model_dim, queries, bias=config.qkv_bias)
+    module.k_proj = linear(memory_dim, groups * dim, bias=config.qkv_bias)
+    module.v_proj = linear(memory_dim, groups * dim, bias=config.qkv_bias)
+    module.o_proj = linear(heads * dim, config.model_dim, bias=config.out_bias)
+    module.q_norm = module.k_norm = module.sinks = None
+    if config.qk_norm in ("rms", "rms_zero_centred"):
+        initial = 1.0 if config.qk_norm == "rms" else 0.0
+        module.q_norm = Scale(dim, initial, device=device, dtype=dtype)
+        module.k_norm = Scale(dim, initial, device=device, dtype=dtype)
+    if config.sinks == "learnable":
+        module.sinks = torch.nn.Parameter(torch.zeros(heads, device=device, dtype=dtype))
+
+
+def project(module: Any, x: Tensor, memory: Tensor) -> dict[str, Tensor | None]:
+    """What JAX needs: queries of x, keys and values of the memory, weights of norms and sinks."""
+    return {
+        "query": module.q_proj(x),
+        "key": module.k_proj(memory),
+        "value": module.v_proj(memory),
+        "q_norm": None if module.q_norm is None else module.q_norm.weight,
+        "k_norm": None if module.k_norm is None else module.k_norm.weight,
+        "sinks": module.sinks,
+    }
+
+
+def by_group(config: gqa_jax.AttentionConfig, inputs: dict) -> tuple[jax.Array, ...]:
+    """Queries `[B, T, K, R, D]` (with an output gate 2R: queries, then gates), keys and values `[B, S, K, 1, D]`."""
+    groups, dim = config.num_kv_heads, config.head_dim
+    heads = lambda x: x.reshape(*x.shape[:2], groups, -1, dim)
+    query = heads(inputs["query"])
+    if config.output_gate:  # Hugging Face has per head the query, then its gate
+        pairs = query.reshape(*query.shape[:3], config.q_per_kv, 2, dim)
+        query = jnp.moveaxis(pairs, 4, 3).reshape(query.shape)
+    return query, heads(inputs["key"]), heads(inputs["value"])
+
+
+def give_weights(layer: Any, config: gqa_jax.AttentionConfig, inputs: dict) -> None:
+    """Puts the weights of norms and sinks into a JAX layer without values."""
+    if inputs["q_norm"] is not None:
+        for name in ("q_norm", "k_norm"):
+            getattr(layer, name).scale = nnx.Param(inputs[name])
+    if inputs["sinks"] is not None:
+        shape = (config.num_kv_heads, config.q_per_kv)
+        layer.sinks = nnx.Param(inputs["sinks"].reshape(shape))
 
 
 def _int32(tensor: Tensor | None) -> Tensor | None:
@@ -204,22 +240,13 @@ def _layer(
     config: gqa_jax.AttentionConfig, inputs: dict
 ) -> tuple[gqa_jax.SelfAttention, jax.Array]:
     """The JAX layer between projections that are already done, and an input that only has the right shape."""
-    query, key, value = inputs["query"], inputs["key"], inputs["value"]
-    batch, length = query.shape[:2]
-    groups, per_group, dim = config.num_kv_heads, config.q_per_kv, config.head_dim
-    rows = (batch, length, groups)
-    if config.output_gate:  # [B, T, K, R, query | gate, D] -> R queries, then R gates
-        query = jnp.moveaxis(query.reshape(*rows, per_group, 2, dim), 4, 3).reshape(*rows, -1, dim)
-    fused = jnp.concatenate([x.reshape(*rows, -1, dim) for x in (query, key, value)], axis=3)
+    fused = jnp.concatenate(by_group(config, inputs), axis=3)
+    batch, length = fused.shape[:2]
     layer = _abstract(config)
     layer.qkv = lambda x: fused
     layer.out = lambda heads: heads.reshape(batch, length, -1)
-    if inputs["q_norm"] is not None:
-        for name in ("q_norm", "k_norm"):
-            getattr(layer, name).scale = nnx.Param(inputs[name])
-    if inputs["sinks"] is not None:
-        layer.sinks = nnx.Param(inputs["sinks"].reshape(groups, per_group))
-    return layer, jnp.zeros((batch, length, config.model_dim), key.dtype)
+    give_weights(layer, config, inputs)
+    return layer, jnp.zeros((batch, length, config.model_dim), fused.dtype)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Artefacts: written, loaded here and in a process without our source, and refused when damaged."""
 
 import functools
+import hashlib
 import json
 import shutil
 
@@ -150,6 +151,25 @@ def test_damaged_files_are_refused(artefact, tmp_path):
     def escaping(folder):
         edit(folder, files={"cpu": {"file": "../cpu.jaxexport", "bytes": 1, "sha256": ""}})
 
+    def of_another_shape(folder):
+        edit(folder, files=["cpu.jaxexport"])
+
+    def undescribed(folder):
+        edit(folder, files={"cpu": {"file": "cpu.jaxexport"}})
+
+    def no_function(
+        folder,
+    ):  # the manifest agrees with the bytes, which are a pickle that would leave a trace
+        trace = f"open({str(tmp_path / 'executed')!r}, 'w')"
+        blob = b"cbuiltins\neval\n(V" + trace.encode() + b"\ntR."
+        (folder / "cpu.jaxexport").write_bytes(blob)
+        entry = {
+            "file": "cpu.jaxexport",
+            "bytes": len(blob),
+            "sha256": hashlib.sha256(blob).hexdigest(),
+        }
+        edit(folder, files={"cpu": entry})
+
     def other_platform(folder):
         edit(folder, files={})
 
@@ -163,11 +183,15 @@ def test_damaged_files_are_refused(artefact, tmp_path):
         (other_format, "must have format 1"),
         (without_name, r"it lacks \['name'\]"),
         (escaping, "is no file name"),
+        (of_another_shape, "`files` must be an object"),
+        (undescribed, "describes no file"),
+        (no_function, "holds no exported function"),
         (other_platform, "was exported for .*, not for 'cpu'"),
         (other_version, r"holds kernels of jax 0\.1\.0"),
     ):
         with pytest.raises(ValueError, match=message):
             export.load(damaged(change))
+    assert not (tmp_path / "executed").exists()
     with pytest.raises(FileNotFoundError):
         export.load(tmp_path / "nowhere")
 

@@ -1,11 +1,16 @@
 """The functional operators against PyTorch's own attention and a token-by-token recurrence."""
 
+import concurrent.futures
+import itertools
+
 import pytest
 
 torch = pytest.importorskip("torch")
 
 import interop  # noqa: E402
+from interop import programs  # noqa: E402
 from tests.support.compare import assert_close  # noqa: E402
+from tests.support.fresh_process import run_python  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -145,15 +150,120 @@ def test_gated_delta_rule_continues_from_a_state():
     assert_close(packed.final_state, alone.final_state, atol=1e-5)
 
 
-@pytest.mark.usefixtures("loose_promotion")
-def test_gradcheck_of_the_operators():
-    double = lambda tensors: [x.detach().double().requires_grad_() for x in tensors]
-    small = double(leaves((1, 3, 2, 2), (1, 3, 1, 2), (1, 3, 1, 2)))
-    attention = lambda *a: interop.attention(*a, is_causal=True)
-    assert torch.autograd.gradcheck(attention, small)
-    assert torch.autograd.gradgradcheck(attention, small)
-    delta = lambda *a: tuple(interop.gated_delta_rule(*a, use_qk_l2norm=True))
-    assert torch.autograd.gradcheck(delta, double(x[:1, :3] for x in delta_inputs(3)))
+def test_packed_rows_by_offsets_and_chunk_sizes():
+    tensors = [x.detach()[:1].requires_grad_() for x in delta_inputs(9)]
+    offsets = torch.tensor([0, 4, 9])  # int64, as torch makes them
+    plain = interop.gated_delta_rule(*tensors, use_qk_l2norm=True)
+    packed = interop.gated_delta_rule(*tensors, cu_seqlens=offsets, use_qk_l2norm=True)
+    parts = [
+        recurrence(*(x[:, a:b] for x in tensors)) for a, b in itertools.pairwise(offsets.tolist())
+    ]
+    compare(packed.out, torch.cat([out for out, _ in parts], 1), tensors)
+    assert_close(packed.final_state, torch.cat([state for _, state in parts]), atol=1e-5)
+    assert not torch.equal(packed.out, plain.out)
+    for size in (16, 64):
+        out, state = interop.gated_delta_rule(
+            *tensors, chunk_size=size, implementation="chunked", use_qk_l2norm=True
+        )
+        assert_close(out, plain.out, atol=1e-5)
+        assert_close(state, plain.final_state, atol=1e-5)
+    with pytest.raises(ValueError, match="`chunk_size` must"):
+        interop.gated_delta_rule(*tensors, chunk_size=-1, use_qk_l2norm=True)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        interop.gated_delta_rule(*delta_inputs(9), cu_seqlens=offsets, use_qk_l2norm=True)
+
+
+def operators(dtype=torch.float32):
+    """Name -> (function of tensors, tensors that need gradients), tiny."""
+    leaf = lambda x: x.detach().to(dtype).requires_grad_()
+    attention = [leaf(x) for x in leaves((1, 3, 2, 2), (1, 3, 1, 2), (1, 3, 1, 2))]
+    delta = [leaf(x[:1, :3]) for x in delta_inputs(3)]
+    step = [leaf(x[:1, :1]) for x in delta_inputs(3)]
+    (state,) = leaves((1, 4, 4, 3))
+    return {
+        "attention": (lambda *a: interop.attention(*a, is_causal=True), attention),
+        "gated_delta_rule": (lambda *a: tuple(interop.gated_delta_rule(*a, use_qk_l2norm=True)), delta),
+        "gated_delta_rule_step": (
+            lambda *a: tuple(interop.gated_delta_rule_step(*a, use_qk_l2norm=True)), [*step, leaf(state)],
+        ),
+    }  # fmt: skip
+
+
+OPERATORS = ("attention", "gated_delta_rule", "gated_delta_rule_step")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradcheck_of_the_operators(name):
+    function, tensors = operators(torch.float64)[name]
+    assert torch.autograd.gradcheck(function, tensors)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradgradcheck_of_the_operators(name):
+    function, tensors = operators(torch.float64)[name]
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck_of_the_operators(name):
+    function, tensors = operators()[name]
+    out = function(*tensors)
+    key = (out[0] if isinstance(out, tuple) else out).grad_fn.key
+    wanted, flat = "1" * len(tensors), [x.detach() for x in tensors]
+    torch.library.opcheck(torch.ops.gqa_jax.call, (flat, key, ""))
+    torch.library.opcheck(torch.ops.gqa_jax.call, (flat, key, wanted))
+    outs, residuals = torch.ops.gqa_jax.call(flat, key, wanted)
+    saved = [outs[i] for i in programs.find(key).saved_outs(wanted)]
+    cotangents = [torch.ones_like(o) for o in outs]
+    torch.library.opcheck(torch.ops.gqa_jax.vjp, (flat, saved, residuals, cotangents, key, wanted))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_changing_an_input_of_an_operator_before_backward_raises(name):
+    function, tensors = operators()[name]
+    for changed in range(3):
+        given = [x * 1 for x in tensors]
+        out = function(*given)
+        with torch.no_grad():
+            given[changed].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (out[0] if isinstance(out, tuple) else out).sum().backward()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_in_eight_threads(name):
+    function, tensors = operators()[name]
+    total = lambda out: sum(x.sin().sum() for x in (out if isinstance(out, tuple) else (out,)))
+    expected = torch.autograd.grad(total(function(*tensors)), tensors)
+
+    def work(_):
+        for _ in range(5):
+            given = [x.detach().requires_grad_() for x in tensors]
+            found = torch.autograd.grad(total(function(*given)), given)
+            assert all(map(torch.equal, found, expected))
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def test_operators_in_a_forked_child_raise():
+    run_python("""
+        import os, warnings, torch, interop
+        warnings.simplefilter("ignore")
+        q = torch.randn(1, 3, 2, 4, requires_grad=True)
+        out = interop.attention(q, q, q).sum()
+        calls = (lambda: interop.attention(q, q, q), out.backward)  # compiled already, and a graph of the parent's
+        for call in calls:
+            child = os.fork()
+            if child == 0:
+                try:
+                    call()
+                except RuntimeError as error:
+                    os._exit(7 if "'spawn'" in str(error) else 1)
+                os._exit(2)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    """)
 
 
 def test_operators_compile_whole():

@@ -50,7 +50,7 @@ def assert_same_gradients(ours, theirs, tensors, *, atol=1e-5, what=""):
 @pytest.mark.parametrize("direct", [True, False])
 def test_value_and_gradients_are_torchs(residuals, direct, monkeypatch):
     if not direct:
-        monkeypatch.setattr(dlpack, "_direct_import", None)
+        monkeypatch.setattr(dlpack, "_direct", None)
     tensors = inputs()
     ours, theirs = interop.wrap(attend, residuals=residuals)(*tensors), torch_attend(*tensors)
     assert_close(ours, theirs, atol=1e-5)
@@ -186,6 +186,22 @@ def test_inputs_and_results_are_not_saved_twice():
     outs, residuals = jax.eval_shape(program.saving("11"), *arrays)
     assert (len(outs), len(residuals)) == (1, 0)
     assert program.saved_outs("11") == (0,)
+
+
+def test_small_residuals_travel_as_one_buffer_per_dtype():
+    ours = interop.wrap(lambda a: jnp.tanh(jnp.sin(a) * jnp.cos(a)).astype(jnp.bfloat16) ** 3)
+    x = torch.randn(5, 1, requires_grad=True)
+    ours(x).float().sum().backward()
+    program = programs.find(ours(x).grad_fn.key)
+    for size, few in ((5, True), (1 << 15, False)):
+        array = jax.ShapeDtypeStruct((size, 1), jnp.float32)
+        _, residuals = jax.eval_shape(program.saving("1"), array)
+        dtypes = {r.dtype for r in residuals}
+        assert len(dtypes) == 2
+        assert (len(residuals) == len(dtypes)) is few
+    expected = torch.tanh(x.sin() * x.cos()).to(torch.bfloat16) ** 3
+    (gradient,) = torch.autograd.grad(expected.float().sum(), x)
+    assert_close(x.grad, gradient, atol=1e-2)
 
 
 def test_results_do_not_share_memory_with_inputs_or_each_other():

@@ -135,25 +135,73 @@ def test_steps_of_any_size_equal_one_call(name, owner):
 
 
 @pytest.mark.parametrize("name", ["attention", "delta"])
-def test_ragged_rows_and_overflow(name):
+@pytest.mark.parametrize("owner", ["torch", "jax"])
+def test_ragged_rows_continue_as_if_alone(name, owner):
     layer = layers()[name]
     x = hidden(4)
+    lengths = torch.tensor([4, 2])
     with torch.no_grad():
-        cache = layer.init_cache(2, 5, owner="torch")
-        lengths = torch.tensor([4, 2])
-        _, cache = layer.step(x, cache, lengths=lengths)
-        row = layer.init_cache(1, 5)
-        _, row = layer.step(x[1:, :2], row)
+        cache = layer.init_cache(2, 8, owner=owner)
+        first, cache = layer.step(x, cache, lengths=lengths)
+        second, cache = layer.step(x, cache, lengths=torch.tensor([0, 3]))
+        third, cache = layer.step(x[:, :1], cache)
+        for row, parts in (
+            (0, (x[:1], x[:1, :0], x[:1, :1])),
+            (1, (x[1:, :2], x[1:, :3], x[1:, :1])),
+        ):
+            alone = layer(torch.cat(parts, 1))
+            ours = [
+                out[row : row + 1, : p.shape[1]]
+                for out, p in zip((first, second, third), parts, strict=True)
+            ]
+            assert_close(torch.cat(ours, 1), alone, atol=1e-5, what=f"row {row}")
+        held = cache if owner == "torch" else cache.to_torch()
+        assert held.length.tolist() == [5, 6]
         if name == "delta":
-            assert_close(cache.state[1:], row.state, atol=1e-5)
-        else:
-            out, _ = layer.step(x[:, :1], cache)
-            alone, _ = layer.step(x[1:, :1], row)
-            assert_close(out[1:], alone, atol=1e-5)
-            with pytest.raises(
-                ValueError, match="`cache` must hold 6 tokens after this step, got capacity 5"
-            ):
-                layer.step(x[:, :2], cache)
+            single = layer.init_cache(1, 8)
+            _, single = layer.step(torch.cat((x[1:, :2], x[1:, :3], x[1:, :1]), 1), single)
+            assert_close(held.state[1:], single.state, atol=1e-5)
+            assert_close(held.conv[1:], single.conv, atol=1e-5)
+
+
+@pytest.mark.parametrize("owner", ["torch", "jax"])
+def test_a_full_cache_is_said(owner):
+    layer = layers()["attention"]
+    x = hidden(4)
+    with torch.no_grad():
+        _, cache = layer.step(x, layer.init_cache(2, 5, owner=owner), lengths=torch.tensor([4, 2]))
+        message = "`cache` must hold 6 tokens after this step, got capacity 5"
+        with pytest.raises(ValueError, match=message):
+            layer.step(x[:, :2], cache)
+
+
+@pytest.mark.parametrize("name", ["attention", "ring", "delta"])
+def test_steps_compile_whole(name):
+    torch._dynamo.reset()
+    window = gqa_jax.AttentionConfig(**ATTENTION, sliding_window=4)
+    layer = interop.SelfAttention(window) if name == "ring" else layers()[name]
+    options = {"policy": "ring"} if name == "ring" else {}
+    x = hidden(7)
+    compiled = torch.compile(layer.step, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        cache, outs = layer.init_cache(2, 16, **options), []
+        kind = type(cache)
+        for part in (x[:, :5], x[:, 5:6], x[:, 6:]):
+            out, cache = compiled(part, cache)
+            assert type(cache) is kind
+            outs.append(out)
+        assert_close(torch.cat(outs, 1), layer(x), atol=1e-5)
+        assert cache.length.tolist() == [7, 7]
+    empty = layer.init_cache(2, 16, **options)
+    gradients = []
+    for step in (compiled, layer.step):
+        out, _ = step(x[:, :3], empty, lengths=torch.tensor([3, 2]))
+        loss = (out[0].sin().sum() + out[1, :2].sin().sum()).sum()
+        gradients.append(
+            torch.autograd.grad(loss, [p for p in layer.parameters() if p.requires_grad])
+        )
+    for mine, its in zip(*gradients, strict=True):
+        assert_close(mine, its, atol=1e-5)
 
 
 def test_a_jax_cache_is_changed_in_place_and_has_no_gradients():
@@ -228,8 +276,7 @@ def test_layers_are_ordinary_modules(name, tmp_path):
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert_close(compiled(x), expected, atol=1e-6)
-    with jax.numpy_dtype_promotion("standard"):
-        assert copy.deepcopy(layer).bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    assert copy.deepcopy(layer).bfloat16()(x.bfloat16()).dtype == torch.bfloat16
     optimizer = torch.optim.AdamW(layer.parameters(), 1e-2)
     first = None
     for _ in range(5):
@@ -285,21 +332,35 @@ def test_cross_attention_is_torchs():
         interop.CrossAttention(gqa_jax.AttentionConfig(**ATTENTION))
 
 
-@pytest.mark.parametrize("kind", ["rms", "rms_zero_centred", "l2"])
-def test_cross_attention_norms_and_sinks(kind):
+@pytest.mark.parametrize(
+    "kind, gate", [("rms", False), ("rms_zero_centred", True), ("l2", False), ("none", True)]
+)
+def test_cross_attention_norms_sinks_and_gates(kind, gate):
     config = gqa_jax.AttentionConfig(
-        **ATTENTION, rope=None, is_causal=False, qk_norm=kind, sinks="zero", dropout_rate=0.1
+        **ATTENTION,
+        rope=None,
+        is_causal=False,
+        qk_norm=kind,
+        sinks="zero",
+        dropout_rate=0.1,
+        output_gate=gate,
     )
     layer = interop.CrossAttention(config).eval()
     x = hidden(3)
-    norm = lambda y: torch.nn.functional.rms_norm(y, (8,), eps=1e-6)
+    norm = lambda y: y if kind == "none" else torch.nn.functional.rms_norm(y, (8,), eps=1e-6)
     q, k, v = (
-        p(x).view(2, 3, -1, 8).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj)
+        p(x).view(2, 3, n, -1).transpose(1, 2)
+        for p, n in ((layer.q_proj, 4), (layer.k_proj, 2), (layer.v_proj, 2))
     )
-    scores = norm(q) @ norm(k).repeat_interleave(2, 1).mT * 8**-0.5
+    scores = norm(q[..., :8]) @ norm(k).repeat_interleave(2, 1).mT * 8**-0.5
     scores = torch.cat((scores, torch.zeros(2, 4, 3, 1)), -1).softmax(-1)[..., :3]
-    expected = (scores @ v.repeat_interleave(2, 1)).transpose(1, 2).flatten(2)
+    heads = scores @ v.repeat_interleave(2, 1)
+    if gate:
+        heads = heads * q[..., 8:].sigmoid()
+    expected = heads.transpose(1, 2).flatten(2)
     assert_close(layer(x, x), layer.o_proj(expected), atol=1e-5)
+    layer.train()
+    assert not torch.equal(layer(x, x), layer(x, x))
 
 
 class Tower(nnx.Module):
