@@ -35,9 +35,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import _aot_cases, _dispatch
+from pallas_kernels import _aot_cases, _dispatch, _triton_ptx
 from pallas_kernels._sass import KernelFacts, parse
 
 TARGETS = pathlib.Path(__file__).parent / "targets"
@@ -59,7 +59,7 @@ class Report:
     Attributes:
       name, target, devices: what was compiled, for what.
       seconds: wall-clock time of lowering and compilation.
-      kernels: its Mosaic GPU kernels.
+      kernels: its Mosaic GPU kernels, then its Triton kernels.
       argument_bytes, output_bytes, aliased_bytes, temporary_bytes: device memory, per device.
       collectives: kind -> (how many, bytes of their results per device).
       flops, hbm_bytes: floors of a registered case, per device: operations of its matrix products, bytes it must move.
@@ -157,22 +157,32 @@ def compile_program(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or replicated)
 
     arguments = jax.tree.map(described, arguments)
+    # Triton asks what it compiles for; without axes, nothing else changes.
+    device = AbstractMesh((), (), abstract_device=mesh.abstract_mesh.abstract_device)
     start = time.perf_counter()
-    with _printed(_DUMPS) as printed, _dispatch.assume_compute_capability(_capability(mesh)):
-        compiled = jax.jit(function, **jit_options).lower(*arguments).compile()
+    with (
+        _printed(_DUMPS) as printed,
+        _dispatch.assume_compute_capability(_capability(mesh)),
+        jax.sharding.use_abstract_mesh(device),
+    ):
+        lowered = jax.jit(function, **jit_options).lower(*arguments)
+        compiled = lowered.compile()
     seconds = time.perf_counter() - start
+    hlo, code = compiled.as_text() or "", printed["text"]
+    if _triton_ptx.TARGET in hlo:
+        code += _triton_ptx.listing(lowered, _nvdisasm() or "nvdisasm")
     memory: Any = compiled.memory_analysis()
     return Report(
         name=name or getattr(function, "__name__", "program"),
         target=mesh.devices.flat[0].device_kind,
         devices=mesh.devices.size,
         seconds=round(seconds, 2),
-        kernels=parse(printed["text"]),
+        kernels=parse(code),
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        collectives=_collectives(compiled.as_text() or ""),
+        collectives=_collectives(hlo),
     )
 
 

@@ -360,3 +360,23 @@ def _channel_scores(left, right, high, low):
         row = jnp.concatenate(block, axis=-1)
         rows.append(jnp.pad(row, ((0, 0), (0, 0), (0, 0), (0, after))))
     return jnp.concatenate(rows, axis=-2)
+
+
+def write_and_read(state, query, key, value, decay, beta, *, scale, use_qk_l2norm, spread):
+    """One token on `[Dk, columns]` of a state: `(state after it, output [columns])`. Query, key and decay are `[Dk]`.
+
+    Every sum over Dk is one over the rows of a `[Dk, columns]` tile, lengths of query and key included (equal in all
+    columns), so that a kernel needs one kind of sum. `spread(x, axis)` repeats a vector that lies along `axis` over the
+    tile.
+    """
+    down = lambda row: spread(row, 0)
+    total = lambda tile: jnp.sum(tile, axis=0)
+
+    def inverse_length(x):
+        return jax.lax.rsqrt(total(down(x * x)) + 1e-6) if use_qk_l2norm else 1.0
+
+    of_key, of_query = inverse_length(key), inverse_length(query)
+    state = state * down(decay)
+    update = beta * (value - of_key * total(state * down(key)))
+    state = state + down(key) * spread(of_key * update, 1)
+    return state, scale * of_query * total(state * down(query))
