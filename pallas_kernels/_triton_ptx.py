@@ -18,7 +18,7 @@ def listing(lowered: Any, nvdisasm: str) -> str:
     """
     ptxas = pathlib.Path(nvdisasm).with_name("ptxas")
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_gpu_dump_llvmir": True, "xla_dump_emitter_re": ".*"}
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
         hlo = lowered.compile(compiler_options=options).as_text() or ""
         names = set(re.findall(r'name = "(\w+)"', hlo))
         printed = ""
