@@ -201,11 +201,12 @@ def step(
         pl.run_scoped(functools.partial(block, shapes, refs), **scratch)
 
     mesh = plgpu.Mesh(grid=shapes.grid, grid_names=("row", "head", "tile"))
-    out, *states = pl.kernel(
+    run: Any = pl.kernel(
         kernel,
         out_type=outputs,
         mesh=mesh,
         name="gated_delta_rule_step",
         **_mosaic_gpu.kernel_options(),
-    )(*operands)
+    )
+    out, *states = run(*operands)
     return out, jax.freeze(pool), states[0] if states else None

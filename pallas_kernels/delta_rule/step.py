@@ -77,7 +77,7 @@ def _forward(implementation, options, tokens, state, slots):
 def _backward(implementation, options, residuals, cotangents):
     """By recomputation: a step is a handful of tokens."""
     tokens, state, slots = residuals
-    _, pull = jax.vjp(lambda *x: _recurrence(options, *x, slots), tokens, state)
+    _, pull = jax.vjp(lambda *x: _recurrence(options, x[0], x[1], slots), tokens, state)
     return *pull(cotangents), None
 
 

@@ -71,9 +71,9 @@ class Shapes:
 
 def kernel(shapes: Shapes, *refs: Any) -> None:
     """One block: `columns` columns of one head of one row."""
-    query, key, value, g, beta, *refs = refs
-    slots = refs.pop(0) if shapes.slots else None
-    state, out, state_out, *states = refs
+    query, key, value, g, beta, *others = refs
+    slots = others.pop(0) if shapes.slots else None
+    state, out, state_out, *states = others
     block = pl.program_id(0)
     tile, head = block % shapes.tiles, block // shapes.tiles % shapes.value_heads
     row = block // (shapes.tiles * shapes.value_heads)
