@@ -100,6 +100,37 @@ def megabytes(variant: str) -> Callable[[Row], str]:
     return lambda row: f"{row['bytes'][variant] / 1e6:,.1f}"
 
 
+def number(name: str, digits: int = 3) -> Callable[[Row], str]:
+    """Cell: a number of the row to so many significant digits, thousands apart."""
+
+    def cell(row: Row) -> str:
+        value = row[name]
+        return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+    return cell
+
+
+def published(row: Row) -> str:
+    """Cell: milliseconds by library, where they were published."""
+    return ", ".join(f"{name} {ms:g}" for name, ms in row["published_ms"].items())
+
+
+def errors(what: str, plan: str) -> Callable[[Row], str]:
+    """Cell: a relative error of one plan."""
+    return lambda row: f"{row['relative_error'][what][plan]:.1e}"
+
+
+def delta_rule_seconds(row: Row) -> str:
+    """Cell: milliseconds of one call."""
+    return f"{row['seconds'] * 1e3:.3f}"
+
+
+def worst_error(row: Row) -> str:
+    """Cell: the largest relative error, and of what."""
+    what, error = max(row["relative_error"].items(), key=lambda item: item[1])
+    return f"{error:.1e} ({what})"
+
+
 def plot_bytes(axis, rows: list[Row]) -> None:
     """Bytes over length, one line per variant, both axes logarithmic."""
     for variant in rows[0]["bytes"]:
@@ -217,6 +248,48 @@ REPORTS: dict[str, Report] = {
             "the bridge adds": lambda row: (
                 f"{row['bridge_adds']:.1%}" if "bridge_adds" in row else ""
             ),
+        },
+    ),
+    "delta_rule_floor": Report(
+        title="Gated delta rule on an H200: what it costs at least, and what others published",
+        columns={
+            "direction": field("direction"),
+            "sequences x T": lambda row: f"{row['sequences']} x {row['length']}",
+            "heads": lambda row: f"16/{row['value_heads']}",
+            "GFLOP": number("gflop"),
+            "minimum MB": number("minimum_mb"),
+            "design MB": number("design_mb"),
+            "chain": field("chain"),
+            "products ms": number("products_ms"),
+            "memory ms": number("memory_ms"),
+            "predicted ms (P)": lambda row: f"{row['predicted_ms']:.3g} ({row['segments']})",
+            "published ms": published,
+        },
+    ),
+    "delta_rule_rounding": Report(
+        title="Gated delta rule: relative error of 16-bit plans, emulated",
+        columns={
+            "inputs": field("inputs"),
+            **{
+                f"{what}, {plan}": errors(what, plan)
+                for what in ("out", "final_state")
+                for plan in ("ours", "ours, float16", "FLA", "FlashQLA")
+            },
+        },
+    ),
+    "delta_rule_gpu": Report(
+        title="Gated delta rule on a GPU: milliseconds, and relative errors against float64",
+        columns={
+            "shape": field("shape"),
+            "direction": field("direction"),
+            "implementation": field("implementation"),
+            "ms": delta_rule_seconds,
+            "worst error": worst_error,
+            "of copy bandwidth": lambda row: f"{row['of_copy']:.0%}" if "of_copy" in row else "",
+            "published ms": lambda row: (
+                f"{row['published_seconds'] * 1e3:.3g}" if "published_seconds" in row else ""
+            ),
+            "launched": field("launched"),
         },
     ),
 }

@@ -20,3 +20,10 @@ def vary_alike(tree: Any) -> Any:
         return lax.pcast(x, tuple(missing), to="varying") if missing else x
 
     return jax.tree.map(cast, tree) if union else tree
+
+
+def is_varying(array: Any) -> bool:
+    """Whether an array is typed as varying over mesh axes (inside `shard_map` that checks it)."""
+    return not isinstance(array, jax.ShapeDtypeStruct) and bool(
+        jax.typeof(array).manual_axis_type.varying
+    )

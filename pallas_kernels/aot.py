@@ -36,9 +36,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from pallas_kernels import _aot_cases, _dispatch
+from pallas_kernels import _aot_cases, _dispatch, _triton_ptx
 from pallas_kernels._sass import KernelFacts, parse
 from pallas_kernels._targets import GPUS_PER_HOST as GPUS_PER_HOST
 from pallas_kernels._targets import Rates as Rates
@@ -63,7 +63,7 @@ class Report:
     Attributes:
       name, target, devices: what was compiled, for what.
       seconds: wall-clock time of lowering and compilation.
-      kernels: its Mosaic GPU kernels.
+      kernels: its Mosaic GPU kernels, then its Triton kernels.
       argument_bytes, output_bytes, aliased_bytes, temporary_bytes: device memory, per device.
       collectives: kind -> (how many, bytes of their results per device).
       flops, hbm_bytes: floors of a registered case, per device: operations of its matrix products, bytes it must move.
@@ -219,12 +219,22 @@ def compile_only(
     """
     start = time.perf_counter()
     kind = capability(mesh.devices.flat[0].device_kind)
-    with _printed(_DUMPS) as printed, _dispatch.assume_compute_capability(kind):
+    one_device = contextlib.nullcontext()
+    if mesh.size == 1:
+        # Triton asks what it compiles for; without axes, nothing else changes.
+        one_device = jax.sharding.use_abstract_mesh(
+            AbstractMesh((), (), abstract_device=mesh.abstract_mesh.abstract_device)
+        )
+    with _printed(_DUMPS) as printed, _dispatch.assume_compute_capability(kind), one_device:
         traced = jax.jit(function, **jit_options).trace(*arguments)
         # Named, because Explicit axes would have the platform looked up among those that can run here.
-        executable = traced.lower(lowering_platforms=("cuda",)).compile()
+        lowered = traced.lower(lowering_platforms=("cuda",))
+        executable = lowered.compile()
     seconds = round(time.perf_counter() - start, 2)
-    return Compiled(executable, parse(printed["text"]), seconds)
+    code = printed["text"]
+    if _triton_ptx.TARGET in (executable.as_text() or ""):
+        code += _triton_ptx.listing(lowered, _nvdisasm() or "nvdisasm")
+    return Compiled(executable, parse(code), seconds)
 
 
 @contextlib.contextmanager

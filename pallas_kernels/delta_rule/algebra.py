@@ -344,3 +344,23 @@ def chunk_gradients(
     through = decay.whole * jnp.sum(d_state * state, (-1, -2))
     d_g = corner_sum(pairs) + suffix_from(at_reader) + prefix_before(at_writer) + through[..., None]
     return ChunkGradients(d_query, d_key, d_residual, d_g, d_beta)
+
+
+def write_and_read(state, query, key, value, decay, beta, *, scale, use_qk_l2norm, spread):
+    """One token on `[Dk, columns]` of a state: `(state after it, output [columns])`. Query, key and decay are `[Dk]`.
+
+    Every sum over Dk is one over the rows of a `[Dk, columns]` tile, lengths of query and key included (equal in all
+    columns), so that a kernel needs one kind of sum. `spread(x, axis)` repeats a vector that lies along `axis` over the
+    tile.
+    """
+    down = lambda row: spread(row, 0)
+    total = lambda tile: jnp.sum(tile, axis=0)
+
+    def inverse_length(x):
+        return jax.lax.rsqrt(total(down(x * x)) + 1e-6) if use_qk_l2norm else 1.0
+
+    of_key, of_query = inverse_length(key), inverse_length(query)
+    state = state * down(decay)
+    update = beta * (value - of_key * total(state * down(key)))
+    state = state + down(key) * spread(of_key * update, 1)
+    return state, scale * of_query * total(state * down(query))

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch, _sharding
-from pallas_kernels.delta_rule import algebra, order, reference, tuning, vjp
+from pallas_kernels.delta_rule import algebra, order, reference, step, step_tuning, tuning, vjp
 
 _STEP_TOKENS = 8
 
@@ -32,8 +32,9 @@ class GatedDeltaRuleStepOutput(NamedTuple):
 
     Attributes:
       out: `[B, T, Hv, Dv]`, the value's dtype.
-      final_state: the state argument's shape, float32 (float64 for float64 inputs): the new states, in their slots.
-      states: `[B, T, Hv, Dk, Dv]`, the state after each token, or None unless `return_states`.
+      final_state: the state argument's shape: the new states, in their slots. A bfloat16 or float16 state keeps its
+        dtype (it is rounded once per call), any other becomes float32 (float64 beside float64 values).
+      states: `[B, T, Hv, Dk, Dv]` in the same dtype, the state after each token, or None unless `return_states`.
     """
 
     out: jax.Array
@@ -146,16 +147,25 @@ def gated_delta_rule_step(
 
     Args:
       query, key, value, g, beta: as for `gated_delta_rule`, 1 <= T <= 8.
-      state: `[B, Hv, Dk, Dv]`, or a pool `[num_slots, Hv, Dk, Dv]` with `slots`. Donate it: the update is in place
-        when the caller's jit allows.
-      slots: `[B]`, each row's place in the pool, all different; -1 is a padding row, which changes no state and
-        yields 0.
+      state: `[B, Hv, Dk, Dv]`, or a pool `[num_slots, Hv, Dk, Dv]` with `slots`; float32, or bfloat16 or float16 to
+        halve the bytes of a step. Donate it: the update is then in place.
+      slots: `[B]`, each row's place in the pool, all different; -1 (or any number outside the pool) is a padding
+        row, which changes no state and yields 0.
       return_states: also return the state after every token, so that speculative decoding can roll back to any.
       scale, use_qk_l2norm: as for `gated_delta_rule`.
-      implementation: None or "reference" (XLA, any device, every dtype, differentiable to any order).
+      implementation: None or a name below.
+
+    | name | runs on | dtypes | backward | vmap | bitwise repeatable |
+    |---|---|---|---|---|---|
+    | "reference" | XLA, any device | bf16, fp16, fp32, fp64 | automatic, any order | yes | yes |
+    | "mosaic_gpu" | H100, H200 | bf16, fp16, fp32 | by recomputation, reverse mode, any order | yes | yes |
+    | "triton" | NVIDIA from A100 on | bf16, fp16, fp32 | by recomputation, reverse mode, any order | yes | yes |
+
+    The kernels read the state once and write it once. None takes "reference" until they have been measured.
 
     Raises:
       TypeError, ValueError: naming the argument.
+      NotImplementedError: the implementation asked for cannot run the call.
 
     Example:
       >>> import jax.numpy as jnp
@@ -165,27 +175,16 @@ def gated_delta_rule_step(
       [0.0, 0.0, 0.0, 4.0, 0.0]
     """
     sizes = _check_step(query, key, value, g, beta, state, slots)
-    _dispatch.resolve("gated_delta_rule_step", implementation, _STEP_REASONS)
-    compute = algebra.compute_dtype(value.dtype)
-    state = state.astype(compute)
-    rows, segment_ids = state, None
-    if slots is not None:
-        rows = state[jnp.maximum(slots, 0)]
-        segment_ids = jnp.broadcast_to(
-            jnp.where(slots < 0, -1, 0)[:, None], (sizes["B"], sizes["T"])
-        )
-    query, key, value, g, beta, rows, segment_ids = _sharding.vary_alike(
-        (query, key, value, g, beta, rows, segment_ids)
+    state = state.astype(step.state_dtype(state, value))
+    tokens, state, slots = _sharding.vary_alike(
+        (step.Tokens(query, key, value, g, beta), state, slots)
     )
-    out, rows, states = reference.recurrent(
-        query, key, value, g, beta, initial_state=rows, segment_ids=segment_ids,
-        scale=float(sizes["Dk"] ** -0.5 if scale is None else scale),
-        use_qk_l2norm=use_qk_l2norm, keep_states=return_states, unroll=sizes["T"],
-    )  # fmt: skip
-    if slots is not None:
-        nowhere = state.shape[0]
-        rows = state.at[jnp.where(slots < 0, nowhere, slots)].set(rows, mode="drop")
-    return GatedDeltaRuleStepOutput(out, rows, states)
+    chosen = _dispatch.resolve(
+        "gated_delta_rule_step", implementation, _step_reasons(tokens, state)
+    )
+    scale = float(sizes["Dk"] ** -0.5 if scale is None else scale)
+    options = step.Options(scale, use_qk_l2norm, return_states)
+    return GatedDeltaRuleStepOutput(*step.run(chosen, options, tokens, state, slots))
 
 
 def explain_gated_delta_rule(
@@ -205,10 +204,23 @@ def explain_gated_delta_rule_step(
     """Implementation choice for `gated_delta_rule_step`."""
     del return_states, scale, use_qk_l2norm, implementation
     _check_step(query, key, value, g, beta, state, slots)
-    return _dispatch.explain("gated_delta_rule_step", _STEP_REASONS)
+    tokens = step.Tokens(query, key, value, g, beta)
+    return _dispatch.explain("gated_delta_rule_step", _step_reasons(tokens, state))
 
 
-_STEP_REASONS: dict[str, str | None] = {"reference": None}
+def _step_reasons(tokens: step.Tokens, state) -> dict[str, str | None]:
+    """Reasons in order of preference: kernels measured to be faster, the recurrence, the other kernels."""
+    capability = _dispatch.compute_capability()
+    reasons: dict[str, str | None] = {
+        name: step_tuning.unsupported_reason(
+            name, dtypes=[x.dtype for x in tokens[:3]], state_dtype=step.state_dtype(state, tokens.value),
+            key_dim=state.shape[-2], value_dim=state.shape[-1], varying=_sharding.is_varying(state),
+            compute_capability=capability,
+        )
+        for name in ("mosaic_gpu", "triton", "reference")
+    }  # fmt: skip
+    first = [name for name in reasons if step_tuning.preferred(name, capability)]
+    return {name: reasons[name] for name in (*first, "reference", *reasons)}
 
 
 def _reasons(length, chunk_size) -> dict[str, str | None]:

@@ -114,8 +114,10 @@ def test_list_needs_no_compiler(capsys):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"`target` must be one of b200, h100, h200, got 'a100'"):
-        aot.topology("a100")
+    with pytest.raises(
+        ValueError, match=r"`target` must be one of a100, b200, h100, h200, got 'v100'"
+    ):
+        aot.topology("v100")
     with pytest.raises(ValueError, match=r"`devices` must be 1..8 or a multiple of 8, got 12"):
         aot.topology("h200", devices=12)
     with pytest.raises(SystemExit):

@@ -1,0 +1,129 @@
+"""Decode steps: the recurrence in XLA, and the kernels with that recurrence as their derivative."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.delta_rule import algebra, reference, step_tuning
+
+
+class Tokens(NamedTuple):
+    """T <= 8 tokens of every row, as the operator takes them."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    g: jax.Array
+    beta: jax.Array
+
+
+class Options(NamedTuple):
+    """Everything static about a step."""
+
+    scale: float
+    use_qk_l2norm: bool
+    return_states: bool
+
+
+def state_dtype(state, value) -> Any:
+    """What a state is returned in: 16-bit ones keep their dtype, others are float32 (float64 beside float64 values)."""
+    is_narrow = jnp.dtype(state.dtype).itemsize == 2
+    return state.dtype if is_narrow else algebra.compute_dtype(value.dtype)
+
+
+def run(
+    implementation: str, options: Options, tokens: Tokens, state, slots
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """`(out, state after, states or None)`; the state's dtype is kept."""
+    if implementation == "reference":
+        return _recurrence(options, tokens, state, slots)
+    return _program(implementation, options, tokens, state, slots)
+
+
+def _recurrence(options: Options, tokens: Tokens, state, slots):
+    compute = algebra.compute_dtype(tokens.value.dtype)
+    rows, segment_ids = state, None
+    if slots is not None:
+        slots = jnp.where((slots >= 0) & (slots < state.shape[0]), slots, -1)
+        rows = state[jnp.maximum(slots, 0)]
+        segment_ids = jnp.broadcast_to(jnp.where(slots < 0, -1, 0)[:, None], tokens.value.shape[:2])
+    out, rows, states = reference.recurrent(
+        *tokens, initial_state=rows.astype(compute), segment_ids=segment_ids, scale=options.scale,
+        use_qk_l2norm=options.use_qk_l2norm, keep_states=options.return_states,
+        unroll=tokens.value.shape[1],
+    )  # fmt: skip
+    rows = rows.astype(state.dtype)
+    if states is not None:
+        states = states.astype(state.dtype)
+    if slots is not None:
+        if states is not None:
+            states = jnp.where((slots < 0)[:, None, None, None, None], 0, states)
+        nowhere = state.shape[0]
+        rows = state.at[jnp.where(slots < 0, nowhere, slots)].set(rows, mode="drop")
+    return out, rows, states
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _kernel(implementation, options, tokens, state, slots):
+    return _mapped(implementation, options)(tokens, state, slots)
+
+
+def _forward(implementation, options, tokens, state, slots):
+    return _kernel(implementation, options, tokens, state, slots), (tokens, state, slots)
+
+
+def _backward(implementation, options, residuals, cotangents):
+    """By recomputation: a step is a handful of tokens."""
+    tokens, state, slots = residuals
+    _, pull = jax.vjp(lambda *x: _recurrence(options, x[0], x[1], slots), tokens, state)
+    return *pull(cotangents), None
+
+
+_kernel.defvjp(_forward, _backward)
+# Outside `jit`, one program for the operator, not one per operation.
+_program = functools.partial(jax.jit, static_argnums=(0, 1), inline=True)(_kernel)
+
+
+def _mapped(implementation: str, options: Options):
+    """The kernel, whose `vmap` is more rows (and a larger pool) of the same kernel."""
+
+    @jax.custom_batching.custom_vmap
+    def call(tokens, state, slots):
+        return _launch(implementation, options, tokens, state, slots)
+
+    @call.def_vmap
+    def _(size, batched, *arrays):
+        spread = lambda x, is_batched: (
+            x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape))
+        )
+        tokens, state, slots = jax.tree.map(spread, arrays, tuple(batched))
+        pool = state.shape[1]
+        if slots is not None:
+            first = jnp.arange(size, dtype=slots.dtype)[:, None] * pool
+            slots = jnp.where((slots >= 0) & (slots < pool), slots + first, -1)
+        merge = lambda x: x.reshape(-1, *x.shape[2:])
+        results = call(*jax.tree.map(merge, (tokens, state, slots)))
+        results = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return call
+
+
+def _launch(implementation: str, options: Options, tokens: Tokens, state, slots):
+    # A kernel's file is imported where it is called: a machine without it never reads it.
+    rows = tokens.query.shape[0]
+    value_heads, key_dim, value_dim = state.shape[1:]
+    if implementation == "triton":
+        from pallas_kernels.delta_rule import triton_step as kernel
+
+        config = step_tuning.triton_config(key_dim=key_dim, value_dim=value_dim)
+    else:
+        from pallas_kernels.delta_rule import mosaic_gpu_step as kernel
+
+        config = step_tuning.mosaic_gpu_config(
+            rows=rows, value_heads=value_heads, key_dim=key_dim, value_dim=value_dim,
+            state_dtype=state.dtype,
+        )  # fmt: skip
+    return kernel.step(*tokens, state, slots=slots, config=config, **options._asdict())
