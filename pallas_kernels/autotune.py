@@ -249,7 +249,7 @@ def _config(path, key: str, entry: Any) -> tuning.Config:
         raise ValueError(f"`entries` in {path} has the unknown key {key!r}")
     kind, head_dim = known[key]
     values = entry.get("best") if isinstance(entry, dict) else None
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
     if not isinstance(values, dict) or set(values) != set(fields):
         raise ValueError(f"{key!r} in {path} must have a `best` with exactly {', '.join(fields)}")
     for name, value in values.items():
@@ -259,13 +259,18 @@ def _config(path, key: str, entry: Any) -> tuning.Config:
             )
         if type(value) is int and value < 1:
             raise ValueError(f"`{name}` of {key!r} in {path} must be at least 1, got {value}")
-    config = kind(**values)
+    try:
+        config = kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{key!r} in {path}: {error}") from error
     for name in ("block_q", "block_kv"):
         if getattr(config, name, 64) % 64:
             raise ValueError(f"`{name}` of {key!r} in {path} must be a multiple of 64")
     if not tuning.fits(config, head_dim):
-        raise ValueError(f"{key!r} in {path} does not fit the shared memory of a block: {config}")
-    if key.startswith("backward") and config.atomic != key.startswith("backward_atomic"):
+        raise ValueError(f"{key!r} in {path} does not fit into a block: {config}")
+    if isinstance(config, tuning.BackwardConfig) and config.atomic != key.startswith(
+        "backward_atomic"
+    ):
         raise ValueError(f"`atomic` of {key!r} in {path} contradicts the key")
     return config
 

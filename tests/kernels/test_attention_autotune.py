@@ -117,7 +117,7 @@ ENTRY = ("entries", "forward/D64/T<=1024/causal")
         ((*ENTRY, "best", "overlap"), 1, r"`overlap` of .* must be bool, got 1"),
         ((*ENTRY, "best", "stages"), 0, r"`stages` of .* must be at least 1, got 0"),
         ((*ENTRY, "best", "block_kv"), 80, r"`block_kv` of .* must be a multiple of 64"),
-        ((*ENTRY, "best", "stages"), 99, r"does not fit the shared memory of a block"),
+        ((*ENTRY, "best", "stages"), 99, r"does not fit into a block"),
         (
             ("entries", "backward/D64/T<=1024/causal", "best", "atomic"),
             True,

@@ -34,11 +34,11 @@ def scratch_spec(shapes: Shapes) -> dict[str, Any]:
     config, dtype, dim, half = shapes.config, shapes.dtype, shapes.head_dim, shapes.head_dim // 2
     # A product reads half of the keys' channels, which must be whole columns of their swizzle; both operands of a
     # product have the same one.
-    halves = {"transforms": _mosaic_gpu.transforms(half, dtype)}
+    halves = _mosaic_gpu.transforms(half, dtype)
     return keys.scratch_spec(shapes) | {
-        "keys": plgpu.SMEM((2, ROWS, dim), dtype, **halves),
-        "queries": plgpu.SMEM((config.stages, config.block_q, dim), dtype, **halves),
-        "slopes": plgpu.SMEM((2, 2, ROWS, config.block_q), dtype, **halves),
+        "keys": plgpu.SMEM((2, ROWS, dim), dtype, transforms=halves),
+        "queries": plgpu.SMEM((config.stages, config.block_q, dim), dtype, transforms=halves),
+        "slopes": plgpu.SMEM((2, 2, ROWS, config.block_q), dtype, transforms=halves),
         "shares": _mosaic_gpu.tile((2, config.block_q, half), jnp.float32),
         "slopes_ready": plgpu.Barrier(num_arrivals=2, num_barriers=2),
         "slopes_free": plgpu.Barrier(num_arrivals=2, num_barriers=2),
