@@ -187,9 +187,9 @@ def _backward(
 
     dim, loops = shape.head_dim, shape.loops(config.block_kv)
     masked = 2 if (shape.is_causal or shape.segments) and shape.length > config.block_q else 1
-    # dk_dv: two products that contract head_dim, two that contract queries; at 256 the half that makes dk has one loop.
+    # dk_dv: two products that contract head_dim, two that contract queries; split, the half that makes dk has one loop.
     one = (dim + config.block_q) // 16
-    dk_dv = (masked + 1) * one if dim > 128 else 2 * masked * one
+    dk_dv = (masked + 1) * one if config.split else 2 * masked * one
     dq = loops * (2 * dim + config.block_kv) // 16
     # atomic: dq contracts the 128 keys of the block.
     counts = (masked * (2 * one + 128 // 16),) if config.atomic else (dk_dv, dq)

@@ -3,9 +3,10 @@
     python -m benchmarks.run attention_gpu            # on an H100 or H200: tests, then every shape, under 8 minutes
     python -m benchmarks.run attention_gpu --quick    # anywhere: one toy shape, the kernels interpreted
 
-Correctness first: errors are relative to a float32 reference on 512 tokens of one batch row. A peer that is not
-installed, or refuses a shape, is left out with its reason in the row. TFLOP/s counts the products of visible pairs, two
-forward and five backward, whatever an implementation computes.
+Correctness first: errors (of the output, and the largest of the gradients) are relative to a float32 reference on 512
+tokens of one batch row; `make test-gpu` runs the kernels' tests on the GPU itself. A peer that is not installed, or
+refuses a shape, is left out with its reason in the row. TFLOP/s counts the products of visible pairs, two forward and
+five backward, whatever an implementation computes.
 
 How long it takes, estimated (it has not run on a GPU): about 150 programs of 2 seconds to compile (14 shapes, 5
 implementations in JAX, 2 directions; 8 checks of each), and 12 calls each of 0.1 to 60 ms, 40 s in all: 6 minutes,
@@ -224,8 +225,8 @@ def ceiling(quick: bool) -> float:
     return 2.0 * size**3 / seconds / 1e12
 
 
-def error(name: str, shape: Shape) -> float:
-    """Relative error of the output on a short piece, against float32."""
+def error(name: str, shape: Shape) -> dict[str, float]:
+    """Relative error of the output, and the largest of the gradients, on a short piece, against float32."""
     short = dataclasses.replace(
         shape,
         length=min(shape.length, CHECKED),
@@ -235,13 +236,18 @@ def error(name: str, shape: Shape) -> float:
 
 
 @functools.cache
-def _error(name: str, short: Shape) -> float:
+def _error(name: str, short: Shape) -> dict[str, float]:
     arrays, ids = inputs(short, 1)
-    out = jax.jit(JAX_PEERS[name](short, ids))(*arrays[:3])
-    wide = [x.astype(jnp.float32) for x in arrays[:3]]
-    expected = ours(short, ids, "reference")(*wide)
-    gap = np.asarray(out, np.float64) - np.asarray(expected, np.float64)
-    return float(np.linalg.norm(gap) / np.linalg.norm(np.asarray(expected, np.float64)))
+    found = jax_calls(JAX_PEERS[name](short, ids), arrays)["both"]()
+    wide = [x.astype(jnp.float32) for x in arrays]
+    expected = jax_calls(ours(short, ids, "reference"), wide)["both"]()
+
+    def relative(ours, theirs) -> float:
+        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+    gaps = jax.tree.map(relative, found, expected)
+    return {"forward": gaps[0], "backward": max(gaps[1])}
 
 
 def measure_shape(shape: Shape, rounds: int, peak: float) -> list[dict[str, Any]]:
@@ -252,7 +258,7 @@ def measure_shape(shape: Shape, rounds: int, peak: float) -> list[dict[str, Any]
     arrays, ids = inputs(shape, shape.batch if peak else 1)
     rows: list[dict[str, Any]] = []
     calls: dict[str, dict[str, Callable[[], Any]]] = {}
-    errors: dict[str, float | None] = {}
+    errors: dict[str, dict[str, float]] = {}
     for name, make in JAX_PEERS.items():
         try:
             errors[name] = error(name, shape)
@@ -265,7 +271,7 @@ def measure_shape(shape: Shape, rounds: int, peak: float) -> list[dict[str, Any]
     for name, pair in torch_calls(shape, arrays).items():
         try:
             pair["both"]()
-            calls[name], errors[name] = pair, None
+            calls[name] = pair
         except RuntimeError as reason:
             first = str(reason).splitlines()[0]
             rows.append({"shape": shape.label, "implementation": name, "left_out": first})
@@ -277,7 +283,7 @@ def measure_shape(shape: Shape, rounds: int, peak: float) -> list[dict[str, Any]
         for direction, (seconds, products) in times.items():
             row = {"shape": shape.label, "implementation": name, "direction": direction}
             row |= {"length": shape.length, "problem": shape.problem}
-            row |= {"seconds": seconds, "relative_error": errors[name]}
+            row |= {"seconds": seconds, "relative_error": errors.get(name, {}).get(direction)}
             if peak and seconds > 0:
                 rate = shape.flops(products) / seconds / 1e12
                 row |= {"tflops": rate, "of_matmul": rate / peak}

@@ -59,6 +59,7 @@ class BackwardConfig:
       compute_registers, memory_registers: per thread, after `setmaxnreg`.
       atomic: one kernel of 5 matrix products, whose blocks add to dq in any order, instead of two kernels of 7 products
         in all, whose results repeat bit for bit.
+      split: dk and dv of the same 64 keys live in two warpgroups, instead of each warpgroup having 64 keys.
     """
 
     block_q: int = 64
@@ -69,12 +70,17 @@ class BackwardConfig:
     compute_registers: int = 240
     memory_registers: int = 24
     atomic: bool = False
+    split: bool = False
+
+    def __post_init__(self):
+        if self.atomic and self.split:
+            raise ValueError("`split` must be False with `atomic=True`, got True")
 
     def shared_bytes(self, head_dim: int) -> int:
         """Shared memory of the tiles of the larger kernel."""
-        keys = 64 if head_dim > 128 else 128
+        keys = 64 if self.split else 128
         over_queries = 4 * head_dim * (keys + self.stages * self.block_q)
-        if head_dim > 128:  # weights on their way from one warpgroup to the other
+        if self.split:  # weights on their way from one warpgroup to the other
             over_queries += 2 * 2 * 64 * self.block_q
         if self.atomic:  # ds, twice, and the block's share of dq
             return over_queries + 4 * self.block_q * (128 + head_dim)
@@ -134,6 +140,9 @@ def backward_config(
     # At the tensor cores' peak a step of dk_dv takes 1.4 us at head_dim 128 and half of that at 64, TMA about 1 us:
     # below 128 a tile must be fetched two steps ahead. Registers allow one block per SM, so the memory is free.
     stages = 2 if head_dim >= 128 else 3
+    # dk and dv of 64 keys are `head_dim` registers: at 256 more than a warpgroup has beside the scores, and from 96 on
+    # more than 168 hold (dk_dv at 128: 1176 spilled bytes and serialised products with JAX 0.12, none when split).
+    split = not atomic and (head_dim > 128 or (FIXED_REGISTERS and head_dim > 64))
     # At 256 the 128 queries and output gradients of a block leave room for three tiles: values, needed for the shorter
     # time, get one.
     return BackwardConfig(
@@ -141,6 +150,7 @@ def backward_config(
         kv_stages=stages,
         value_stages=1 if head_dim == 256 else stages,
         atomic=atomic,
+        split=split,
     )
 
 
@@ -161,9 +171,14 @@ def backward_candidates(*, head_dim: int, atomic: bool = False) -> list[Backward
     if atomic:
         found = [BackwardConfig(stages=stages, atomic=True) for stages in (2, 3, 4)]
     else:
+        split = backward_config(head_dim=head_dim).split
         found = [
             BackwardConfig(
-                stages=stages, block_kv=block_kv, kv_stages=kv_stages, value_stages=value_stages
+                stages=stages,
+                block_kv=block_kv,
+                kv_stages=kv_stages,
+                value_stages=value_stages,
+                split=split,
             )
             for stages in (2, 3, 4)
             for block_kv in (64, 128)
@@ -174,7 +189,9 @@ def backward_candidates(*, head_dim: int, atomic: bool = False) -> list[Backward
 
 
 def fits(config: Config, head_dim: int) -> bool:
-    """Whether the tiles leave room in shared memory for statistics, ids and barriers."""
+    """Whether the tiles leave room in shared memory for statistics, ids and barriers, and in registers for scores."""
+    if isinstance(config, BackwardConfig) and head_dim > 128 and not config.split:
+        return False
     return config.shared_bytes(head_dim) + 2048 <= SHARED_BYTES
 
 

@@ -41,7 +41,7 @@ class Shapes:
     @property
     def split(self) -> bool:
         """Whether dk and dv of the same keys live in different warpgroups."""
-        return self.head_dim > 128
+        return self.config.split
 
     @property
     def block_keys(self) -> int:

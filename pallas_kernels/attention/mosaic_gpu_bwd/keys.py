@@ -1,8 +1,9 @@
 """dk and dv of a block of keys: walks the query tiles of every query head of the group.
 
 Tiles are transposed (keys are rows), so that weights and ds are born in the layout of a left operand. Up to head_dim
-128 each compute warpgroup owns 64 of the keys. At 256, dk and dv of 64 keys fill the registers of two warpgroups: the
-first computes weights and dv, and the second, which gets the weights through shared memory, ds and dk.
+128 each compute warpgroup owns 64 of the keys. Where dk and dv of 64 keys do not fit into the registers of one, two
+share them (`BackwardConfig.split`): the first computes weights and dv, and the second, which gets the weights through
+shared memory, ds and dk.
 
 Shared memory: `4 D` bytes for every key of the block plus `4 D stages block_q`.
 """
@@ -95,6 +96,17 @@ def memory_role(shapes: Shapes, inputs: Inputs, s, block: Block) -> None:
         tile, head = step_place(shapes, block, step)
         rows = pl.ds(tile * config.block_q, config.block_q)
 
+        # Up to head_dim 128 output gradients are free before queries.
+        @pl.when(step >= config.stages)
+        def _():
+            plgpu.barrier_wait(s.cotangent_free.at[slot])
+
+        ready = s.cotangent_ready.at[slot]
+        plgpu.copy_gmem_to_smem(
+            inputs.cotangent.at[batch, rows, head], s.cotangents.at[slot], ready
+        )
+        plgpu.copy_gmem_to_smem(inputs.delta.at[batch, head, rows], s.delta.at[slot], ready)
+
         @pl.when(step >= config.stages)
         def _():
             plgpu.barrier_wait(s.query_free.at[slot])
@@ -105,16 +117,6 @@ def memory_role(shapes: Shapes, inputs: Inputs, s, block: Block) -> None:
         plgpu.copy_gmem_to_smem(inputs.lse.at[batch, head, rows], s.lse.at[slot], ready)
         if shapes.mask.segments:
             plgpu.copy_gmem_to_smem(inputs.query_ids.at[batch, rows], s.query_ids.at[slot], ready)
-
-        @pl.when(step >= config.stages)
-        def _():
-            plgpu.barrier_wait(s.cotangent_free.at[slot])
-
-        ready = s.cotangent_ready.at[slot]
-        plgpu.copy_gmem_to_smem(
-            inputs.cotangent.at[batch, rows, head], s.cotangents.at[slot], ready
-        )
-        plgpu.copy_gmem_to_smem(inputs.delta.at[batch, head, rows], s.delta.at[slot], ready)
 
     if _mosaic_gpu.interpreting():
         # The interpreter insists that every completed phase of a barrier is observed; the hardware does not care.
@@ -221,7 +223,7 @@ def both_halves(shapes: Shapes, s, block: Block, wg):
 
 
 def value_half(shapes: Shapes, s, block: Block):
-    """head_dim 256: weights, handed on through shared memory, and dv."""
+    """Split: weights, handed on through shared memory, and dv."""
     config = shapes.config
 
     def accumulate(dv):
@@ -261,7 +263,7 @@ def value_half(shapes: Shapes, s, block: Block):
 
 
 def key_half(shapes: Shapes, s, block: Block):
-    """head_dim 256: ds from the other warpgroup's weights, and dk."""
+    """Split: ds from the other warpgroup's weights, and dk."""
     config = shapes.config
 
     def accumulate(dk):
@@ -304,7 +306,7 @@ def write(shapes: Shapes, block: Block, source, value, target, which: int, owner
 
 
 def compute_role(shapes: Shapes, s, block: Block, outputs, wg) -> None:
-    """dk and dv of a warpgroup's keys, or at head_dim 256 one of the two."""
+    """dk and dv of a warpgroup's keys, or when split one of the two."""
     d_key, d_value = outputs
     plgpu.set_max_registers(shapes.config.compute_registers, action="increase")
     plgpu.barrier_wait(s.keys_ready)
