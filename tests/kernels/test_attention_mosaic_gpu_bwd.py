@@ -105,14 +105,23 @@ ATOMIC = BackwardConfig(atomic=True)
 
 
 @pytest.mark.parametrize(
-    "q_len, kv_len, is_causal", [(1, 1, False), (129, 200, True), (257, 64, False), (70, 330, True)]
+    "q_len, kv_len, is_causal",
+    [
+        (1, 1, False),
+        (129, 200, True),
+        pytest.param(257, 64, False, marks=pytest.mark.slow),
+        pytest.param(70, 330, True, marks=pytest.mark.slow),
+    ],
 )
 def test_atomic_lengths(q_len, kv_len, is_causal):
     arrays = cases.inputs(q_len, q_len=q_len, kv_len=kv_len)
     check(arrays, config=ATOMIC, is_causal=is_causal)
 
 
-@pytest.mark.parametrize("dim, dtype", [(96, jnp.float16), (128, jnp.bfloat16)])
+@pytest.mark.parametrize(
+    "dim, dtype",
+    [pytest.param(96, jnp.float16, marks=pytest.mark.slow), (128, jnp.bfloat16)],
+)
 def test_atomic_with_every_feature(dim, dtype):
     arrays = cases.inputs(dim, q_len=200, heads=2, kv_heads=1, batch=2, dim=dim, dtype=dtype)
     ids = cases.packed_ids(dim, 2, 200)
@@ -132,6 +141,7 @@ def test_atomic_with_every_feature(dim, dtype):
     )
 
 
+@pytest.mark.slow
 def test_atomic_with_a_deeper_pipeline():
     config = BackwardConfig(stages=3, atomic=True)
     check(cases.inputs(6, q_len=330), config=config, is_causal=True)
