@@ -191,6 +191,29 @@ def plot_plans(axis, rows: list[Row]) -> None:
     axis.legend(fontsize=7)
 
 
+def plot_rates(axis, rows: list[Row]) -> None:
+    """TFLOP/s over length on the problem measured at most lengths: one line per implementation and direction."""
+    rated = [row for row in rows if "tflops" in row]
+    lengths: dict[str, set[int]] = {}
+    for row in rated:
+        lengths.setdefault(row["problem"], set()).add(row["length"])
+    if not lengths:
+        return
+    problem = max(lengths, key=lambda name: len(lengths[name]))
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in rated:
+        if row["problem"] == problem:
+            line = lines.setdefault((row["implementation"], row["direction"]), [])
+            line.append((row["length"], row["tflops"]))
+    for (name, direction), points in sorted(lines.items()):
+        style = "-" if direction == "forward" else "--"
+        axis.plot(
+            *zip(*sorted(points), strict=True), style, marker="o", label=f"{name} {direction}"
+        )
+    axis.set(xscale="log", xlabel="tokens", ylabel="TFLOP/s", title=problem)
+    axis.legend(fontsize=6)
+
+
 REPORTS: dict[str, Report] = {
     "planner": Report(
         title="One training step of Qwen3-8B at 32768 tokens per row, as compiled for 1 to 512 H200s",
@@ -207,6 +230,21 @@ REPORTS: dict[str, Report] = {
             "bound ms": lambda row: f"{row['bound']['seconds'] * 1e3:.0f} ({row['bound']['by']})",
         },
         plot=plot_plans,
+    ),
+    "attention_gpu": Report(
+        title="Attention on a GPU: TFLOP/s of the products of visible pairs",
+        columns={
+            "shape": field("shape"),
+            "implementation": field("implementation"),
+            "direction": field("direction"),
+            "ms": lambda row: f"{row['seconds'] * 1e3:.3f}",
+            "TFLOP/s": lambda row: f"{row['tflops']:.0f}",
+            "of matmul": lambda row: f"{row['of_matmul']:.2f}",
+            "relative error": lambda row: (
+                "" if row["relative_error"] is None else f"{row['relative_error']:.1e}"
+            ),
+        },
+        plot=plot_rates,
     ),
     "attention_memory": Report(
         title="Attention, forward and backward: scratch memory as compiled",

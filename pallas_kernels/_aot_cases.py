@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import pallas_kernels as pk
 from pallas_kernels.attention import mosaic_gpu_bwd, mosaic_gpu_fwd, mosaic_gpu_tuning
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -23,6 +24,7 @@ class Case:
       flops: floating-point operations of its matrix products, counting only what the mask lets through.
       hbm_bytes: the least it must move: every input read and every output written once.
       tensor_instructions: per kernel, how many wgmma instructions its code must hold, derived on paper.
+      donated: arguments whose memory the results may take.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Case:
     flops: float = 0.0
     hbm_bytes: float = 0.0
     tensor_instructions: tuple[int, ...] = ()
+    donated: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +112,7 @@ class AttentionShape:
         return mosaic_gpu_tuning.forward_config(
             q_len=self.length, kv_len=self.length, head_dim=self.head_dim,
             group=self.heads // self.kv_heads, batch=self.batch, kv_heads=self.kv_heads,
-            segments=self.segments,
+            segments=self.segments, is_causal=self.is_causal,
         )  # fmt: skip
 
 
@@ -129,9 +132,11 @@ ATTENTION = (
 )
 
 
-def _forward(shape: AttentionShape) -> Case:
+def _forward(shape: AttentionShape, config: mosaic_gpu_tuning.ForwardConfig | None = None) -> Case:
+    config = config or shape.forward_config()
+
     def build() -> Program:
-        arrays, config = shape.arrays(), shape.forward_config()
+        arrays = shape.arrays()
 
         def attention_forward(*values):
             given = dict(zip(arrays, values, strict=True))
@@ -147,7 +152,6 @@ def _forward(shape: AttentionShape) -> Case:
 
         return attention_forward, tuple(arrays.values())
 
-    config = shape.forward_config()
     # A wgmma covers 64 rows, all columns and 16 of the contracted dimension: scores contract head_dim, the weighted sum
     # contracts the keys. The prologue has one of the former, the epilogue one of the latter.
     bodies = 1 + (shape.loops(config.block_kv) if shape.length > config.block_kv else 0)
@@ -156,8 +160,10 @@ def _forward(shape: AttentionShape) -> Case:
     return Case(name, build, shape.flops(2), shape.forward_bytes(), (count,))
 
 
-def _backward(shape: AttentionShape) -> Case:
-    config = mosaic_gpu_tuning.backward_config(head_dim=shape.head_dim)
+def _backward(
+    shape: AttentionShape, config: mosaic_gpu_tuning.BackwardConfig | None = None
+) -> Case:
+    config = config or mosaic_gpu_tuning.backward_config(head_dim=shape.head_dim)
 
     def build() -> Program:
         arrays = shape.arrays()
@@ -181,20 +187,133 @@ def _backward(shape: AttentionShape) -> Case:
 
     dim, loops = shape.head_dim, shape.loops(config.block_kv)
     masked = 2 if (shape.is_causal or shape.segments) and shape.length > config.block_q else 1
-    # dk_dv: two products that contract head_dim, two that contract queries; at 256 the half that makes dk has one loop.
+    # dk_dv: two products that contract head_dim, two that contract queries; split, the half that makes dk has one loop.
     one = (dim + config.block_q) // 16
-    dk_dv = (masked + 1) * one if dim > 128 else 2 * masked * one
+    dk_dv = (masked + 1) * one if config.split else 2 * masked * one
     dq = loops * (2 * dim + config.block_kv) // 16
-    name = f"gqa_attention/backward/{shape.label}"
-    return Case(name, build, shape.flops(5), shape.backward_bytes(), (dk_dv, dq))
+    # atomic: dq contracts the 128 keys of the block.
+    counts = (masked * (2 * one + 128 // 16),) if config.atomic else (dk_dv, dq)
+    name = f"gqa_attention/{'backward_atomic' if config.atomic else 'backward'}/{shape.label}"
+    return Case(name, build, shape.flops(5), shape.backward_bytes(), counts)
 
 
-DIRECTIONS = {"forward": _forward, "backward": _backward}
+def _backward_atomic(
+    shape: AttentionShape, config: mosaic_gpu_tuning.BackwardConfig | None = None
+) -> Case:
+    return _backward(
+        shape, config or mosaic_gpu_tuning.backward_config(head_dim=shape.head_dim, atomic=True)
+    )
+
+
+# By the names of `mosaic_gpu_tuning.DIRECTIONS`.
+DIRECTIONS = {"forward": _forward, "backward": _backward, "backward_atomic": _backward_atomic}
+
+
+def attention_cases() -> list[Case]:
+    """The Mosaic GPU kernels of attention."""
+    atomic = mosaic_gpu_tuning.ATOMIC_HEAD_DIMS
+    return [
+        make(shape)
+        for make in DIRECTIONS.values()
+        for shape in ATTENTION
+        if make is not _backward_atomic or shape.head_dim in atomic
+    ]
+
+
+def _decode(batch: int = 32, slots: int = 8192, heads: int = 32, kv_heads: int = 8) -> Case:
+    """One token per row against a head-major cache."""
+    dim, struct = 128, jax.ShapeDtypeStruct
+
+    def build() -> Program:
+        cache = struct((batch, kv_heads, slots, dim), jnp.bfloat16)
+        query, lengths = struct((batch, 1, heads, dim), jnp.bfloat16), struct((batch,), jnp.int32)
+        return pk.decode_attention, (query, cache, cache, lengths)
+
+    rows = 2.0 * batch * dim
+    moved = rows * (2 * kv_heads * slots + 2 * heads) + 4 * batch
+    flops = 4.0 * batch * heads * slots * dim
+    return Case(f"decode_attention/step/b{batch}-s{slots}", build, flops, moved)
+
+
+def _delta_rule(backward: bool, length: int = 4096) -> Case:
+    """The heads of Qwen3-Next; 2 products of state and token per token, forward."""
+    key_heads, heads, dim, struct = 16, 32, 128, jax.ShapeDtypeStruct
+
+    def build() -> Program:
+        key = struct((1, length, key_heads, dim), jnp.bfloat16)
+        value = struct((1, length, heads, dim), jnp.bfloat16)
+        gate = struct((1, length, heads), jnp.float32)
+        arrays = (key, key, value, gate, gate)
+
+        def gated_delta_rule(*arrays):
+            return pk.gated_delta_rule(*arrays, implementation="chunked").out
+
+        def gated_delta_rule_backward(*arrays):
+            *arrays, d_out = arrays
+            return jax.vjp(gated_delta_rule, *arrays)[1](d_out)
+
+        if backward:
+            return gated_delta_rule_backward, (*arrays, value)
+        return gated_delta_rule, arrays
+
+    inputs = length * (2.0 * dim * (2 * key_heads + heads) + 8.0 * heads)
+    out = 2.0 * length * heads * dim
+    flops = 6.0 * length * heads * dim * dim
+    direction = "backward" if backward else "forward"
+    return Case(
+        f"gated_delta_rule/{direction}/t{length}", build, flops * (3 if backward else 1),
+        2 * inputs + out if backward else inputs + out,
+    )  # fmt: skip
+
+
+def _delta_rule_step(batch: int = 32) -> Case:
+    """One token per row; the state is donated, so it is updated in place."""
+    key_heads, heads, dim, struct = 16, 32, 128, jax.ShapeDtypeStruct
+
+    def build() -> Program:
+        key = struct((batch, 1, key_heads, dim), jnp.bfloat16)
+        value = struct((batch, 1, heads, dim), jnp.bfloat16)
+        gate = struct((batch, 1, heads), jnp.float32)
+        state = struct((batch, heads, dim, dim), jnp.float32)
+
+        def gated_delta_rule_step(*arrays):
+            found = pk.gated_delta_rule_step(*arrays)
+            return found.out, found.final_state
+
+        return gated_delta_rule_step, (key, key, value, gate, gate, state)
+
+    state = 4.0 * batch * heads * dim * dim
+    moved = 2 * state + 2.0 * batch * dim * (2 * key_heads + 2 * heads) + 8.0 * batch * heads
+    flops = 6.0 * batch * heads * dim * dim
+    return Case(f"gated_delta_rule/step/b{batch}", build, flops, moved, donated=(5,))
+
+
+def _causal_conv(length: int = 4096, width: int = 4, features: int = 8192) -> Case:
+    """The short convolution in front of the delta rule, with the window of the tokens before."""
+    struct = jax.ShapeDtypeStruct
+
+    def build() -> Program:
+        x = struct((1, length, features), jnp.bfloat16)
+        window = struct((1, width, features), jnp.bfloat16)
+
+        def causal_conv1d(x, window, weight):
+            return tuple(pk.causal_conv1d(x, weight[0], activation="silu", initial_state=window))
+
+        return causal_conv1d, (x, window, window)
+
+    moved = 2.0 * features * (2 * length + 3 * width)
+    name = f"causal_conv1d/forward/t{length}"
+    return Case(name, build, 2.0 * length * features * width, moved, donated=(1,))
+
+
+def xla_cases() -> list[Case]:
+    """Operators without a kernel of ours: what XLA makes of them."""
+    return [_decode(), _delta_rule(False), _delta_rule(True), _delta_rule_step(), _causal_conv()]
 
 
 def cases() -> list[Case]:
     """Every registered case."""
-    return [make(shape) for make in DIRECTIONS.values() for shape in ATTENTION]
+    return attention_cases() + xla_cases()
 
 
 OPERATORS = ("gqa_attention",)

@@ -298,7 +298,9 @@ def compile_case(case: _aot_cases.Case, *, target: str = "h200", devices: int = 
         function = jax.shard_map(
             function, mesh=mesh, in_specs=batched, out_specs=batched, check_vma=False
         )
-    report = compile_program(function, *arguments, mesh=mesh, name=case.name)
+    report = compile_program(
+        function, *arguments, mesh=mesh, name=case.name, donate_argnums=case.donated
+    )
     return dataclasses.replace(
         report,
         flops=case.flops,
@@ -311,7 +313,7 @@ def table(reports: list[Report]) -> str:
     """A Markdown table, one row per kernel; programs without a Mosaic kernel have one row of their own."""
     header = (
         "case", "kernel", "registers", "spilled bytes", "stack", "shared KiB", "barriers", "HGMMA (on paper)",
-        "slow paths", "GFLOP", "HBM MB", "temporary MiB", "collectives",
+        "slow paths", "GFLOP", "HBM MB", "temporary MiB", "aliased MiB", "collectives",
     )  # fmt: skip
     rows = [header, tuple("---" for _ in header)]
     for report in reports:
@@ -319,6 +321,7 @@ def table(reports: list[Report]) -> str:
             f"{report.flops / 1e9:.1f}" if report.flops else "",
             f"{report.hbm_bytes / 1e6:.1f}" if report.hbm_bytes else "",
             f"{report.temporary_bytes / 2**20:.1f}",
+            f"{report.aliased_bytes / 2**20:.1f}",
             ", ".join(f"{n} {kind}" for kind, (n, _) in report.collectives.items()) or "none",
         )
         derived = iter(report.tensor_instructions)

@@ -86,11 +86,10 @@ SIBLINGS = {  # inside one operator: file -> siblings it may import
     "algebra": set(),
     "order": {"algebra"},
 }
-LINES = {"mosaic_gpu_fwd": 600, "mosaic_gpu_bwd": 700}
+LINES = {"mosaic_gpu_fwd": 600}
 # path -> budget; each has its reason in docs/DESIGN.md, "Budgets exceeded".
 OVER_BUDGET: dict[str, int] = {
     "pallas_kernels/attention/api.py": 480,
-    "pallas_kernels/attention/mosaic_gpu_bwd.py": 750,
 }
 AXIS_POLICY = ("gqa_jax/sharding.py", "gqa_jax/context_parallel/", "gqa_jax/tensor_parallel/")
 
@@ -117,7 +116,7 @@ def test_imports_stay_inside_the_law(name):
     strangers = {n.split(".")[0] for n in names} - allowed
     assert not strangers, f"{room} may not import {sorted(strangers)}"
 
-    if not re.search("mosaic_gpu|triton", stem):
+    if not any(re.search("mosaic_gpu|triton", part) for part in inner):
         pallas = {n for n in names if "experimental.pallas" in n}
         assert not pallas, f"only mosaic_gpu and triton files may import {sorted(pallas)}"
 

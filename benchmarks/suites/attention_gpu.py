@@ -1,15 +1,21 @@
-"""Attention on an NVIDIA GPU: ours, cuDNN, tokamax and PyTorch's backends, forward and backward, correctness first.
+"""Attention on an NVIDIA GPU: ours, cuDNN, tokamax, PyTorch's backends and FlashAttention, forward and backward.
 
     python -m benchmarks.run attention_gpu            # on an H100 or H200: tests, then every shape, under 8 minutes
     python -m benchmarks.run attention_gpu --quick    # anywhere: one toy shape, the kernels interpreted
 
-A peer that is not installed, or refuses a shape, is left out with its reason in the row; a failure of ours stops the
-run. Errors are relative to a
-float32 reference on the first 512 tokens of one batch row. TFLOP/s counts the products of visible pairs, two forward
-and five backward, whatever an implementation computes.
+Correctness first: errors (of the output, and the largest of the gradients) are relative to a float32 reference on 512
+tokens of one batch row; `make test-gpu` runs the kernels' tests on the GPU itself. A peer that is not installed, or
+refuses a shape, is left out with its reason in the row; a failure of ours stops the run, other than a refusal. TFLOP/s counts the products of
+visible pairs, two forward and five backward, whatever an implementation computes.
+
+How long it takes, estimated (it has not run on a GPU): about 150 programs of 2 seconds to compile (14 shapes, 5
+implementations in JAX, 2 directions; 8 checks of each), and 12 calls each of 0.1 to 60 ms, 40 s in all: 6 minutes,
+besides the tests, which are interpreted and take as long as on a CPU (`--no-tests` where they have just been run).
 """
 
 import dataclasses
+import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -44,11 +50,16 @@ class Shape:
         return max(1, TOKENS // self.length)
 
     @property
-    def label(self) -> str:
+    def problem(self) -> str:
+        """What shapes of different lengths have in common."""
         kind = "causal" if self.causal else "full"
         kind = f"window{self.window}" if self.window else kind
         kind = f"packed{self.documents}" if self.documents > 1 else kind
-        return f"T{self.length} {self.heads}/{self.kv_heads} D{self.dim} {kind}"
+        return f"{self.heads}/{self.kv_heads} D{self.dim} {kind}"
+
+    @property
+    def label(self) -> str:
+        return f"T{self.length} {self.problem}"
 
     def flops(self, products: int) -> float:
         """Operations of `products` matrix products over visible pairs."""
@@ -120,10 +131,17 @@ def tokamax(shape: Shape, ids) -> Callable[..., jax.Array]:
     )
 
 
-OURS = ("mosaic_gpu", "blockwise")
+def blockwise(shape: Shape, ids) -> Callable[..., jax.Array]:
+    if shape.length > 4096:
+        raise NotImplementedError("a baseline, not a rival: compared up to T = 4096")
+    return ours(shape, ids, "blockwise")
+
+
+OURS = ("mosaic_gpu", "mosaic_gpu_atomic", "blockwise")
 JAX_PEERS: dict[str, Callable[..., Any]] = {
     "mosaic_gpu": lambda shape, ids: ours(shape, ids, "mosaic_gpu"),
-    "blockwise": lambda shape, ids: ours(shape, ids, "blockwise"),
+    "mosaic_gpu_atomic": lambda shape, ids: ours(shape, ids, "mosaic_gpu_atomic"),
+    "blockwise": blockwise,
     "cudnn": cudnn,
     "tokamax": tokamax,
 }
@@ -142,41 +160,61 @@ def jax_calls(attention, arrays) -> dict[str, Callable[[], Any]]:
 
 
 def torch_calls(shape: Shape, arrays) -> dict[str, dict[str, Callable[[], Any]]]:
-    """PyTorch's backends on the same numbers, each call waited for; empty without a GPU build of torch."""
-    if importlib.util.find_spec("torch") is None or shape.window or shape.documents > 1:
+    """PyTorch's backends, and FlashAttention where a wheel of it is installed, on the same numbers, each call waited
+    for; empty without a GPU build of torch."""
+    if importlib.util.find_spec("torch") is None or shape.documents > 1:
         return {}
     import torch
     from torch.nn import attention as backends
 
     if not torch.cuda.is_available():
         return {}
-    query, key, value, d_out = (
-        torch.from_numpy(np.array(x, np.float32)).to("cuda", torch.bfloat16).transpose(1, 2)
-        for x in arrays
+    *operands, d_out = (
+        torch.from_numpy(np.array(x, np.float32)).to("cuda", torch.bfloat16) for x in arrays
     )
-    operands = [x.detach().requires_grad_() for x in (query, key, value)]
+    operands = [x.requires_grad_() for x in operands]
 
-    def make(backend):
-        def forward():
-            with backends.sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(
-                    *operands, is_causal=shape.causal, enable_gqa=True
-                )
+    def waited(call):
+        call()
+        torch.cuda.synchronize()
 
-        def waited(call):
-            call()
-            torch.cuda.synchronize()
-
-        def both():
-            return torch.autograd.grad(forward(), operands, d_out)
-
+    def calls(forward):
+        both = lambda: torch.autograd.grad(forward(), operands, d_out)
         return {"forward": lambda: waited(forward), "both": lambda: waited(both)}
 
-    kinds = backends.SDPBackend
-    return {
-        "torch cudnn": make(kinds.CUDNN_ATTENTION),
-        "torch flash": make(kinds.FLASH_ATTENTION),
-    }
+    def sdpa(backend):
+        heads_first = [x.transpose(1, 2) for x in operands]
+        with backends.sdpa_kernel(backend):
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *heads_first, is_causal=shape.causal, enable_gqa=True
+            )
+        return out.transpose(1, 2)
+
+    found = {}
+    if shape.window is None:
+        kinds = backends.SDPBackend
+        found["torch cudnn"] = calls(lambda: sdpa(kinds.CUDNN_ATTENTION))
+        found["torch flash"] = calls(lambda: sdpa(kinds.FLASH_ATTENTION))
+    flash = flash_attention()
+    if flash is not None:
+        window = (-1, -1) if shape.window is None else (shape.window - 1, 0)
+        options = {"causal": shape.causal, "window_size": window}
+        found["FlashAttention"] = calls(lambda: flash(*operands, **options))
+    return found
+
+
+def flash_attention() -> Callable[..., Any] | None:
+    """FlashAttention's function, of version 3 before version 2, where its wheel is installed."""
+    for module in ("flash_attn_interface", "flash_attn"):
+        if importlib.util.find_spec(module) is not None:
+            function = importlib.import_module(module).flash_attn_func
+            # Version 3 gives the lse too in some releases.
+            return lambda *arrays, **options: _first(function(*arrays, **options))
+    return None
+
+
+def _first(out: Any) -> Any:
+    return out[0] if isinstance(out, tuple) else out
 
 
 def ceiling(quick: bool) -> float:
@@ -188,19 +226,29 @@ def ceiling(quick: bool) -> float:
     return 2.0 * size**3 / seconds / 1e12
 
 
-def error(name: str, shape: Shape) -> float:
-    """Relative error of the output on a short piece, against float32."""
+def error(name: str, shape: Shape) -> dict[str, float]:
+    """Relative error of the output, and the largest of the gradients, on a short piece, against float32."""
     short = dataclasses.replace(
         shape,
         length=min(shape.length, CHECKED),
         window=shape.window and min(shape.window, CHECKED // 4),
     )
+    return _error(name, short)
+
+
+@functools.cache
+def _error(name: str, short: Shape) -> dict[str, float]:
     arrays, ids = inputs(short, 1)
-    out = jax.jit(JAX_PEERS[name](short, ids))(*arrays[:3])
-    wide = [x.astype(jnp.float32) for x in arrays[:3]]
-    expected = ours(short, ids, "reference")(*wide)
-    gap = np.asarray(out, np.float64) - np.asarray(expected, np.float64)
-    return float(np.linalg.norm(gap) / np.linalg.norm(np.asarray(expected, np.float64)))
+    found = jax_calls(JAX_PEERS[name](short, ids), arrays)["both"]()
+    wide = [x.astype(jnp.float32) for x in arrays]
+    expected = jax_calls(ours(short, ids, "reference"), wide)["both"]()
+
+    def relative(ours, theirs) -> float:
+        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+    gaps = jax.tree.map(relative, found, expected)
+    return {"forward": gaps[0], "backward": max(gaps[1])}
 
 
 def measure_shape(shape: Shape, rounds: int, peak: float) -> list[dict[str, Any]]:
@@ -211,22 +259,22 @@ def measure_shape(shape: Shape, rounds: int, peak: float) -> list[dict[str, Any]
     arrays, ids = inputs(shape, shape.batch if peak else 1)
     rows: list[dict[str, Any]] = []
     calls: dict[str, dict[str, Callable[[], Any]]] = {}
-    errors: dict[str, float | None] = {}
+    errors: dict[str, dict[str, float]] = {}
     for name, make in JAX_PEERS.items():
         try:
             errors[name] = error(name, shape)
             calls[name] = jax_calls(make(shape, ids), arrays)
             jax.block_until_ready(calls[name]["both"]())
         except Exception as reason:
-            if name in OURS:
-                raise
+            if name in OURS and not isinstance(reason, NotImplementedError):
+                raise  # a refusal in words is no failure
             calls.pop(name, None)
             first = (str(reason) or type(reason).__name__).splitlines()[0]
             rows.append({"shape": shape.label, "implementation": name, "left_out": first})
     for name, pair in torch_calls(shape, arrays).items():
         try:
             pair["both"]()
-            calls[name], errors[name] = pair, None
+            calls[name] = pair
         except RuntimeError as reason:
             first = str(reason).splitlines()[0]
             rows.append({"shape": shape.label, "implementation": name, "left_out": first})
@@ -237,7 +285,8 @@ def measure_shape(shape: Shape, rounds: int, peak: float) -> list[dict[str, Any]
         times = {"forward": (forward[name]["median"], 2), "backward": (backward, 5)}
         for direction, (seconds, products) in times.items():
             row = {"shape": shape.label, "implementation": name, "direction": direction}
-            row |= {"seconds": seconds, "relative_error": errors[name]}
+            row |= {"length": shape.length, "problem": shape.problem}
+            row |= {"seconds": seconds, "relative_error": errors.get(name, {}).get(direction)}
             if peak and seconds > 0:
                 rate = shape.flops(products) / seconds / 1e12
                 row |= {"tflops": rate, "of_matmul": rate / peak}

@@ -31,10 +31,7 @@ SHAPES = (
 def measure_shape(shape: Shape, batch: int, limit: int | None, rounds: int) -> list[dict[str, Any]]:
     """Rows of one shape, fastest first."""
     (query, key, value, _), ids = inputs(shape, batch)
-    group = shape.heads // shape.kv_heads
-    candidates = mosaic_gpu_tuning.forward_candidates(head_dim=shape.dim, group=group)
-    # Packing heads pays only where a tile has more rows than there are queries.
-    candidates = [c for c in candidates if c.pack == 1 or shape.length < 64][:limit]
+    candidates = mosaic_gpu_tuning.forward_candidates(head_dim=shape.dim)[:limit]
 
     def call(config):
         run = jax.jit(

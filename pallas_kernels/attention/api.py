@@ -18,7 +18,7 @@ from pallas_kernels.attention import (
 )
 
 CausalAlignment = Literal["upper_left", "bottom_right"]
-Implementation = Literal["blockwise", "cudnn", "mosaic_gpu", "reference"]
+Implementation = Literal["blockwise", "cudnn", "mosaic_gpu", "mosaic_gpu_atomic", "reference"]
 
 
 class AttentionOutput(NamedTuple):
@@ -103,13 +103,16 @@ def gqa_attention(
     |---|---|---|---|---|---|---|
     | "cudnn" | NVIDIA GPU, compute capability >= 8.0 | float16, bfloat16 | O(T) | q k v | yes | no (backward) |
     | "mosaic_gpu" | H100, H200 | float16, bfloat16 | O(T) | q k v sinks, lse | yes | yes |
+    | "mosaic_gpu_atomic" | H100, H200 | float16, bfloat16 | O(T) | q k v sinks, lse | yes | no (gradient of q) |
     | "blockwise" | any (XLA) | all | O(T) forward and backward | all inputs, lse | yes | yes |
     | "reference" | any (XLA) | all | O(T S) | all inputs, lse, forward mode | yes | yes |
 
     "cudnn" has only `scale`, upper-left `is_causal` and `sliding_window`. "mosaic_gpu" takes D = Dv of 64, 96, 128 or
     256 and everything but `mask`, `bias`, positions and dropout; it was proven by interpretation and compilation, not
-    yet on a GPU, so it runs only by name. The gradients of "mosaic_gpu" and "blockwise" can be differentiated again in
-    reverse mode (through the reference, at its memory); forward mode (`jax.jvp`, `jax.hessian`) needs "reference".
+    yet on a GPU, so it runs only by name. "mosaic_gpu_atomic" is the same forward with a backward of 5 matrix products
+    instead of 7, whose blocks add up the gradient of q in whatever order they end: its last bits differ between runs
+    (D of 64, 96 or 128). The gradients of all but "cudnn" can be differentiated again in reverse mode (through the
+    reference, at its memory); forward mode (`jax.jvp`, `jax.hessian`) needs "reference".
     `pallas_kernels.explain` tells the choice and the reasons.
 
     Source: grouped queries, arXiv 2305.13245 section 2; tiles and their backward, arXiv 2307.08691 section 3.1; sinks,
@@ -195,7 +198,7 @@ def gqa_attention_qkv(
         dropout_key, dropout_offset, implementation: as for `gqa_attention`.
 
     Returns:
-      `[B, T, K * R, D]`. "mosaic_gpu" reads the buffer in place, and writes one gradient of the same layout.
+      `[B, T, K * R, D]`. Both "mosaic_gpu" read the buffer in place, and write one gradient of the same layout.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `gqa_attention`.
@@ -219,9 +222,13 @@ def gqa_attention_qkv(
     _check(split.query, split.key, split.value, options)
     reasons = _reasons(split.query, split.key, split.value, options, with_lse=False)
     chosen = _dispatch.resolve("gqa_attention_qkv", implementation, reasons)
-    if chosen == "mosaic_gpu":
+    kernels = {
+        "mosaic_gpu": vjp.mosaic_gpu_qkv,
+        "mosaic_gpu_atomic": vjp.mosaic_gpu_qkv_atomic,
+    }
+    if chosen in kernels:
         static, context = _normal_form(split.query, split.key, options)
-        return vjp.mosaic_gpu_qkv(fused, context, static)[0]
+        return kernels[chosen](fused, context, static)[0]
     query, key, value, _, _ = fused.split()
     return gqa_attention(query, key, value, **options, implementation=implementation)
 
@@ -256,13 +263,18 @@ def _reasons(query, key, value, options, *, with_lse: bool) -> dict[str, str | N
         "options": options,
     }
     capability = _dispatch.compute_capability()
-    kernel = mosaic_gpu_tuning.unsupported_reason(**about, compute_capability=capability)
-    names = ["cudnn", "blockwise", "mosaic_gpu", "reference"]
+    kernels = {
+        name: mosaic_gpu_tuning.unsupported_reason(
+            **about, compute_capability=capability, atomic=name == "mosaic_gpu_atomic"
+        )
+        for name in ("mosaic_gpu", "mosaic_gpu_atomic")
+    }
+    names = ["cudnn", "blockwise", *kernels, "reference"]
     if mosaic_gpu_tuning.preferred(capability):
-        names = ["cudnn", "mosaic_gpu", "blockwise", "reference"]
+        names = ["cudnn", "mosaic_gpu", "blockwise", "mosaic_gpu_atomic", "reference"]
     return {
-        name: kernel
-        if name == "mosaic_gpu"
+        name: kernels[name]
+        if name in kernels
         else tuning.unsupported_reason(name, **about, with_lse=with_lse)
         for name in names
     }
@@ -281,6 +293,7 @@ def _run(operator, query, key, value, options, implementation, *, with_lse) -> A
         "reference": reference.attention,
         "blockwise": vjp.attention,
         "mosaic_gpu": vjp.mosaic_gpu,
+        "mosaic_gpu_atomic": vjp.mosaic_gpu_atomic,
     }[chosen]
     inputs, context = _sharding.vary_alike((inputs, context))
     return AttentionOutput(*run(inputs, context, static))

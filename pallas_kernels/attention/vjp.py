@@ -89,12 +89,19 @@ def _kernel_options(context: algebra.Context, options: algebra.Options) -> dict[
     }
 
 
-def _forward_config(query_shape, key_shape, context: algebra.Context):
+def _forward_config(query_shape, key_shape, context: algebra.Context, options: algebra.Options):
     batch, q_len, num_heads, head_dim = query_shape
     kv_len, kv_heads = key_shape[1:3]
     return mosaic_gpu_tuning.forward_config(
         q_len=q_len, kv_len=kv_len, head_dim=head_dim, group=num_heads // kv_heads, batch=batch,
-        kv_heads=kv_heads, segments=context.query_segment_ids is not None,
+        kv_heads=kv_heads, segments=context.query_segment_ids is not None, is_causal=options.is_causal,
+    )  # fmt: skip
+
+
+def _backward_config(query_shape, context: algebra.Context, options: algebra.Options, atomic: bool):
+    return mosaic_gpu_tuning.backward_config(
+        head_dim=query_shape[-1], atomic=atomic, q_len=query_shape[1], is_causal=options.is_causal,
+        segments=context.query_segment_ids is not None,
     )  # fmt: skip
 
 
@@ -104,17 +111,18 @@ def _mosaic_gpu_forward(inputs, context, options):
     query, key, value, _, sinks = inputs
     return mosaic_gpu_fwd.forward(
         query, key, value, sinks=sinks, query_segment_ids=context.query_segment_ids,
-        kv_segment_ids=context.kv_segment_ids, config=_forward_config(query.shape, key.shape, context),
+        kv_segment_ids=context.kv_segment_ids,
+        config=_forward_config(query.shape, key.shape, context, options),
         **_kernel_options(context, options),
     )  # fmt: skip
 
 
-def _mosaic_gpu_backward(inputs, context, options, saved, cotangents):
+def _mosaic_gpu_backward(inputs, context, options, saved, cotangents, *, atomic=False):
     from pallas_kernels.attention import mosaic_gpu_bwd
 
     (out, lse), (d_out, d_lse) = saved, cotangents
     query, key, value, _, sinks = inputs
-    config = mosaic_gpu_tuning.backward_config(head_dim=query.shape[-1])
+    config = _backward_config(query.shape, context, options, atomic)
     found = mosaic_gpu_bwd.backward(
         query, key, value, out, lse, d_out, d_lse=d_lse, sinks=sinks, config=config,
         query_segment_ids=context.query_segment_ids, kv_segment_ids=context.kv_segment_ids,
@@ -129,15 +137,17 @@ def _mosaic_gpu_qkv_forward(inputs: Fused, context, options):
     split = jax.eval_shape(Fused.split, inputs)
     return mosaic_gpu_fwd.forward_qkv(
         inputs.qkv, sinks=inputs.sinks, segment_ids=context.query_segment_ids,
-        config=_forward_config(split.query.shape, split.key.shape, context), **_kernel_options(context, options),
+        config=_forward_config(split.query.shape, split.key.shape, context, options),
+        **_kernel_options(context, options),
     )  # fmt: skip
 
 
-def _mosaic_gpu_qkv_backward(inputs: Fused, context, options, saved, cotangents):
+def _mosaic_gpu_qkv_backward(inputs: Fused, context, options, saved, cotangents, *, atomic=False):
     from pallas_kernels.attention import mosaic_gpu_bwd
 
     (out, lse), (d_out, d_lse) = saved, cotangents
-    config = mosaic_gpu_tuning.backward_config(head_dim=inputs.qkv.shape[-1])
+    shape = jax.eval_shape(Fused.split, inputs).query.shape
+    config = _backward_config(shape, context, options, atomic)
     return Fused(
         *mosaic_gpu_bwd.backward_qkv(
             inputs.qkv, out, lse, d_out, d_lse=d_lse, sinks=inputs.sinks, config=config,
@@ -153,3 +163,9 @@ def _plain_qkv(inputs: Fused, context, options):
 attention = _differentiable(blockwise.forward, blockwise.backward, reference.attention)
 mosaic_gpu = _differentiable(_mosaic_gpu_forward, _mosaic_gpu_backward, reference.attention)
 mosaic_gpu_qkv = _differentiable(_mosaic_gpu_qkv_forward, _mosaic_gpu_qkv_backward, _plain_qkv)
+mosaic_gpu_atomic = _differentiable(
+    _mosaic_gpu_forward, functools.partial(_mosaic_gpu_backward, atomic=True), reference.attention
+)
+mosaic_gpu_qkv_atomic = _differentiable(
+    _mosaic_gpu_qkv_forward, functools.partial(_mosaic_gpu_qkv_backward, atomic=True), _plain_qkv
+)

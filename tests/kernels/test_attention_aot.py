@@ -10,9 +10,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import _aot_cases, _sass, aot
+from pallas_kernels.attention import mosaic_gpu_tuning
 from tests.support.aot import assert_fast, require
 
-CASES = {case.name: case for case in _aot_cases.cases()}
+CASES = {case.name: case for case in _aot_cases.attention_cases()}
+XLA_CASES = {case.name: case for case in _aot_cases.xla_cases()}
 # What the registered cases leave out: masks and features together, and lengths that are no multiple of a tile.
 HARD = [
     _aot_cases.AttentionShape("everything", segments=True, sliding_window=512, soft_cap=20.0, sinks=True),
@@ -24,31 +26,41 @@ HARD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+# The atomic backward is the walk of the other one: CI compiles two of its cases every time, the rest in turns.
+OFTEN = ("causal", "fused")
+
+
+def taking_turns(name: str):
+    slow = "backward_atomic" in name and name.rpartition("/")[2] not in OFTEN
+    return pytest.param(name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("name", map(taking_turns, CASES))
 def test_registered_cases_use_the_tensor_cores_and_spill_nothing(name):
     require()
     report = aot.compile_case(CASES[name])
     assert_fast(report)
     assert not report.collectives
-    # The operator copies neither keys nor queries: beside its outputs it needs statistics only.
-    assert report.temporary_bytes <= 0.05 * report.hbm_bytes + 2**20
+    # The operator copies neither keys nor queries: beside its outputs it needs statistics only, and where dq is added
+    # up by atomics a float32 array of its size (the largest of six arrays of 16 bits that the case moves).
+    extra = report.hbm_bytes / 2 if "backward_atomic" in name else 0
+    assert report.temporary_bytes <= extra + 0.05 * report.hbm_bytes + 2**20
 
 
-@pytest.mark.parametrize("shape", HARD, ids=lambda shape: shape.label)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_features_together_spill_nothing(shape, direction):
+@pytest.mark.parametrize(
+    "direction, shape",
+    [
+        pytest.param(direction, shape, id=f"{direction}-{shape.label}")
+        for direction in _aot_cases.DIRECTIONS
+        for shape in HARD
+        if direction != "backward_atomic" or shape.head_dim in mosaic_gpu_tuning.ATOMIC_HEAD_DIMS
+    ],
+)
+def test_features_together_spill_nothing(direction, shape):
     require()
     # The compiler may prove a loop empty, so the count on paper is not asked for.
     case = dataclasses.replace(_aot_cases.DIRECTIONS[direction](shape), tensor_instructions=())
-    report = aot.compile_case(case)
-    if case.name == "gqa_attention/backward/everything-d256":
-        # 128 of dv's registers, a soft cap, a window and ids at once: 12 registers too many in the warpgroup that makes
-        # the weights. Without any one of them nothing is spilled.
-        spilled, clean = report.kernels
-        assert spilled.spill_store_bytes <= 48
-        assert set(spilled.slow_paths) <= {"LDL", "STL"}
-        report = dataclasses.replace(report, kernels=(clean,))
-    assert_fast(report)
+    assert_fast(aot.compile_case(case))
 
 
 @pytest.mark.parametrize(
@@ -67,6 +79,44 @@ def test_softmax_runs_behind_the_tensor_cores(label, dim, block):
         names = [op for op, _ in runs[start : start + 4]]
         assert names == ["HGMMA", "WAIT<=1", "EX2", "WAIT<=0"], runs
         assert runs[start + 2][1] >= block // 2, runs
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.slow] if name.startswith("gated_delta_rule/b") else []
+        )
+        for name in XLA_CASES
+    ],
+)
+def test_operators_without_a_kernel(name):
+    """What XLA keeps beside arguments and results, and what it updates in place."""
+    require()
+    report = aot.compile_case(XLA_CASES[name])
+    assert not report.kernels
+    assert not report.collectives
+    cache = {
+        # The cache is read where it lies: a copy of it would be half of what must be moved.
+        "decode_attention/step/b32-s8192": (0.1, 0),
+        # A chunk's products and, backward, the states at the starts of chunks.
+        "gated_delta_rule/forward/t4096": (6.0, 0),
+        "gated_delta_rule/backward/t4096": (12.0, 0),
+        "gated_delta_rule/step/b32": (0.1, 4 * 32 * 32 * 128 * 128),
+        "causal_conv1d/forward/t4096": (1.0, 2 * 4 * 8192),
+    }
+    most, aliased = cache[name]
+    assert report.temporary_bytes <= most * report.hbm_bytes
+    assert report.aliased_bytes == aliased
+
+
+@pytest.mark.parametrize("devices", [8, 64])
+def test_a_batch_spread_over_hosts_needs_no_collective(devices):
+    require()
+    report = aot.compile_case(XLA_CASES["gated_delta_rule/step/b32"], devices=devices)
+    assert report.devices == devices
+    assert not report.collectives
+    assert report.aliased_bytes == 4 * 32 * 32 * 128 * 128  # per device
 
 
 def test_eight_gpus_without_a_collective():
@@ -110,7 +160,7 @@ def test_command_line(capsys, tmp_path):
 
 def test_list_needs_no_compiler(capsys):
     aot.main(["--list"])
-    assert capsys.readouterr().out.split() == list(CASES)
+    assert capsys.readouterr().out.split() == [*CASES, *XLA_CASES]
 
 
 def test_errors():

@@ -18,7 +18,8 @@ def random(shape, seed):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.bfloat16)
 
 
-def test_value_and_gradient_of_the_public_operator():
+@pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_gpu_atomic"])
+def test_value_and_gradient_of_the_public_operator(name):
     query, key, value, d_out = cases.inputs(0, q_len=90, kv_len=130, heads=2)
     sinks = jnp.asarray([0.3, -1.0], jnp.float32)
     options = {"is_causal": True, "causal_alignment": "bottom_right", "logits_soft_cap": 4.0}
@@ -37,7 +38,7 @@ def test_value_and_gradient_of_the_public_operator():
 
     d_lse = jnp.asarray(np.random.default_rng(1).normal(size=(1, 90, 2)), jnp.float32)
     with interpreted():
-        found = jax.block_until_ready(jax.jit(lambda d: run("mosaic_gpu", d))(d_lse))
+        found = jax.block_until_ready(jax.jit(lambda d: run(name, d))(d_lse))
     expected = run("blockwise", d_lse)
     eps = float(jnp.finfo(jnp.bfloat16).eps)
     for actual, truth in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -46,8 +47,10 @@ def test_value_and_gradient_of_the_public_operator():
         compare.assert_close(actual, truth, atol=2 * eps * (1 + largest), rtol=2 * eps)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_fused_buffer_with_gradient(packed):
+@pytest.mark.parametrize(
+    "packed, name", [(False, "mosaic_gpu"), (True, "mosaic_gpu"), (True, "mosaic_gpu_atomic")]
+)
+def test_fused_buffer_with_gradient(packed, name):
     qkv = random((1, 100, 1, 4, 64), 2)
     d_out = random((1, 100, 2, 64), 3)
     options = {"is_causal": True}
@@ -60,7 +63,7 @@ def test_fused_buffer_with_gradient(packed):
         return out, pull(d_out)[0]
 
     with interpreted():
-        found = jax.block_until_ready(jax.jit(lambda: run("mosaic_gpu"))())
+        found = jax.block_until_ready(jax.jit(lambda: run(name))())
     expected = run("blockwise")
     eps = float(jnp.finfo(jnp.bfloat16).eps)
     for actual, truth in zip(found, expected, strict=True):
@@ -114,6 +117,10 @@ def test_reasons_of_shapes_and_machines():
     with _dispatch.assume_compute_capability("9.0"):
         assert explain(SHAPE) == "blockwise is preferred here"
         assert "got float32" in explain(SHAPE.update(dtype=jnp.float32))
+        wide = SHAPE.update(shape=(1, 8, 2, 256))
+        reasons = pk.explain("gqa_attention", wide, wide, wide).reasons
+        assert reasons["mosaic_gpu"] == "blockwise is preferred here"
+        assert "dk and dv of D = 256 leave no registers" in reasons["mosaic_gpu_atomic"]
         assert "D must be one of 64, 96, 128, 256, got 80" in explain(
             SHAPE.update(shape=(1, 8, 2, 80))
         )
