@@ -110,7 +110,8 @@ def test_command_line(capsys, tmp_path):
 
 def test_list_needs_no_compiler(capsys):
     aot.main(["--list"])
-    assert capsys.readouterr().out.split() == list(CASES)
+    listed = capsys.readouterr().out.split()
+    assert [name for name in listed if name.startswith("gqa_attention/")] == list(CASES)
 
 
 def test_errors():
