@@ -33,7 +33,7 @@ class DeltaShape:
         return self.rows * self.length
 
     def config(self) -> mosaic_gpu_tuning.ForwardConfig:
-        return mosaic_gpu_tuning.forward_config(width=self.dim)
+        return mosaic_gpu_tuning.forward_config(width=self.dim, heads=self.rows * self.value_heads)
 
     def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Operands of `mosaic_gpu_fwd.forward`."""
@@ -93,7 +93,8 @@ def _forward(shape: DeltaShape) -> Case:
         return delta_rule_forward, tuple(shape.arrays().values())
 
     # S^T K^T, S^T Q^T and Q K^T contract the key channels; X, F and their two uses contract the chunk.
-    count = 3 * shape.dim // 16 + 4 * (CHUNK // 16)
+    # X is made 64 columns at a time.
+    count = 3 * shape.dim // 16 + (3 + shape.dim // CHUNK) * (CHUNK // 16)
     per_token = 6 * shape.dim**2 + 2 * CHUNK * (3 * shape.dim + CHUNK)
     names = ("query", "key", "value", "stacked", "inverse", "start")
     moved = shape.bytes_of(*names) + shape.bytes_of("value", "start")
@@ -115,7 +116,7 @@ def _transition(shape: DeltaShape) -> Case:
         names = ("key", "stacked", "inverse", "start")
         return delta_rule_transition, tuple(arrays[name] for name in names)
 
-    count = shape.dim // 16 + 2 * (CHUNK // 16)
+    count = shape.dim // 16 + (1 + shape.dim // CHUNK) * (CHUNK // 16)
     per_token = 4 * shape.dim**2 + 2 * CHUNK * shape.dim
     moved = shape.bytes_of("key", "stacked", "inverse", "start", "start")
     flops = float(shape.tokens * shape.value_heads * per_token)

@@ -50,11 +50,11 @@ def gated(tables, visible, segments: bool):
     return jnp.where(visible, jnp.exp(jnp.where(visible, exponent, 0.0)), 0.0)
 
 
-def product(left, right, columns: int = CHUNK):
-    """A product with 64 rows, waited for."""
+def product(left, right):
+    """A product of 64 rows and 64 columns, waited for."""
 
     def run(accumulator):
         plgpu.wgmma(accumulator, left, right)
         return accumulator[...]
 
-    return pl.run_scoped(run, _mosaic_gpu.accumulator(CHUNK, columns))
+    return pl.run_scoped(run, _mosaic_gpu.accumulator(*SQUARE))

@@ -180,8 +180,10 @@ def fold(shapes: Shapes, s, step) -> None:
     scaled = plgpu.load(inverse, layout=MATRIX).astype(jnp.float32) * until
     s.scaled[...] = scaled.astype(shapes.dtype)
     plgpu.commit_smem()
-    writes = product(s.scaled.T, s.keys.at[slot], shapes.key_dim)
-    s.writes.at[two][...] = writes.astype(shapes.dtype)
+    for part in range(shapes.key_dim // CHUNK):  # by 64 columns, to leave registers to the chain
+        columns = pl.ds(part * CHUNK, CHUNK)
+        writes = product(s.scaled.T, s.keys.at[slot, :, columns])
+        s.writes.at[two, :, columns][...] = writes.astype(shapes.dtype)
     plgpu.commit_smem()
     plgpu.barrier_arrive(s.folded.at[two])
 
@@ -355,7 +357,7 @@ def _call(
         None if value is None else value.dtype, segments, value is not None, query is not None, config,
     )  # fmt: skip
     out_type = [jax.ShapeDtypeStruct((rows, value_heads, width, key_dim), jnp.float32)]
-    if shapes.output:
+    if query is not None and value is not None:
         out_type.append(jax.ShapeDtypeStruct(value.shape, value.dtype))
 
     def delta_rule_forward(*references, **scratch):

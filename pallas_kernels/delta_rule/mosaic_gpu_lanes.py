@@ -121,7 +121,9 @@ def forward(
         kept_start = grouped(narrow(start) * jnp.repeat(unit, plan.lanes, axis=0))
     else:
         kept_start = grouped(initial_state)
-    config = mosaic_gpu_tuning.forward_config(width=wide_value)
+    config = mosaic_gpu_tuning.forward_config(
+        width=wide_value, heads=start.shape[0] * start.shape[1]
+    )
     out, final = mosaic_gpu_fwd.forward(
         call.query, call.key, call.value, call.stacked, inverse, start, config=config,
         segments=segments, spans=spans,
@@ -138,7 +140,7 @@ def _maps(call: Operands, inverse) -> tuple[jax.Array, jax.Array]:
     key_dim, value_dim = call.key.shape[3], call.value.shape[3]
     run = lambda value, start: mosaic_gpu_fwd.final_state(
         call.key, value, call.stacked, inverse, start,
-        config=mosaic_gpu_tuning.forward_config(width=start.shape[3]),
+        config=mosaic_gpu_tuning.forward_config(width=start.shape[3], heads=rows * heads),
     )  # fmt: skip
     identity = jnp.eye(key_dim, dtype=jnp.float32)[None, None]
     transition = run(None, jnp.broadcast_to(identity, (rows, heads, key_dim, key_dim)))

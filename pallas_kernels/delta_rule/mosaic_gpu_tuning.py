@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 # Tokens of a chunk: the rows of one wgmma instruction. Every kernel is written for it.
@@ -12,6 +13,8 @@ LEVELS = 6
 # Widths of a tile that both TMA and wgmma read without conflicts; other head dims are filled up.
 HEAD_DIMS = (64, 128)
 DTYPES = ("bfloat16", "float16")
+# JAX 0.12 compiles through nvJitLink, which ignores setmaxnreg.
+FIXED_REGISTERS = jax.__version_info__ >= (0, 12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +35,23 @@ class ForwardConfig:
     ahead_registers: int = 0
 
 
-def forward_config(*, width: int) -> ForwardConfig:
-    """The configuration used when none is given, for `width` value channels, 64 or 128."""
-    # Two warpgroups keep 255 registers each. A third, for the other half of the channels, would leave 184 to each half:
-    # the chain then spills a few of them.
-    return ForwardConfig(splits=width // 64)
+def forward_config(*, width: int, heads: int) -> ForwardConfig:
+    """The configuration used when none is given.
+
+    Args:
+      width: value channels, 64 or 128.
+      heads: batch rows (times segments) times value heads.
+    """
+    # Two warpgroups, one of each role, keep 255 registers each.
+    if width == 64:
+        return ForwardConfig()
+    # 132 SMs: up to 66 heads, a block for each half finishes sooner than one for both. Nor have three warpgroups
+    # registers enough where each keeps the launch's 168.
+    if heads <= 66 or FIXED_REGISTERS:
+        return ForwardConfig(splits=2)
+    # The numbers at which neither role spills; with overlap the chain would (12 bytes). The other half's products fill
+    # the tensor cores meanwhile.
+    return ForwardConfig(overlap=False, chain_registers=200, ahead_registers=104)
 
 
 def padded_dim(dim: int) -> int:
@@ -50,7 +65,7 @@ def lanes(*, heads: int, value_dim: int, chunks: int) -> int:
     The maps of the segments cost two more walks, each as long as a segment: P segments take 3 / P of the time of one,
     as long as they all fit on the 132 SMs together, one block on each.
     """
-    blocks = heads * forward_config(width=padded_dim(value_dim)).splits
+    blocks = heads * forward_config(width=padded_dim(value_dim), heads=heads).splits
     most = min(132 // max(blocks, 1), chunks // 8)
     return most if most > 3 else 1
 

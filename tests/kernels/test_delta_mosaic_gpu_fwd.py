@@ -19,7 +19,7 @@ from tests.support.mosaic_gpu_interpreter import interpreted
 KERNEL = {"implementation": "mosaic_gpu"}
 NASTY = tuple(delta_cases.nasty_cases(0, 1))
 # The two blocks' shapes: both halves of the channels in one block, and a block for each.
-TOGETHER = ForwardConfig(overlap=False, chain_registers=184, ahead_registers=136)
+TOGETHER = mosaic_gpu_tuning.forward_config(width=128, heads=128)
 SPLIT = ForwardConfig(splits=2)
 
 
@@ -206,7 +206,7 @@ def test_outputs_are_written_everywhere():
 
     def run(query, key, value, start):
         inverse = mosaic_gpu_prologue.inverse(key, stacked, segments=False)
-        config = mosaic_gpu_tuning.forward_config(width=64)
+        config = mosaic_gpu_tuning.forward_config(width=64, heads=1)
         options = {"config": config, "segments": False}
         return inverse, *mosaic_gpu_fwd.forward(
             query, key, value, stacked, inverse, start, **options
