@@ -5,8 +5,8 @@
 
 Correctness first: errors (of the output, and the largest of the gradients) are relative to a float32 reference on 512
 tokens of one batch row; `make test-gpu` runs the kernels' tests on the GPU itself. A peer that is not installed, or
-refuses a shape, is left out with its reason in the row; a failure of ours stops the run, other than a refusal. TFLOP/s counts the products of
-visible pairs, two forward and five backward, whatever an implementation computes.
+refuses a shape, is left out with its reason in the row; a failure of ours stops the run, other than a refusal.
+TFLOP/s counts the products of visible pairs, two forward and five backward, whatever an implementation computes.
 
 How long it takes, estimated (it has not run on a GPU): about 150 programs of 2 seconds to compile (14 shapes, 5
 implementations in JAX, 2 directions; 8 checks of each), and 12 calls each of 0.1 to 60 ms, 40 s in all: 6 minutes,

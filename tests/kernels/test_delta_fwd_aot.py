@@ -1,0 +1,40 @@
+"""The forward kernels of the gated delta rule as machine code for Hopper, compiled without a GPU."""
+
+import itertools
+
+import pytest
+
+from pallas_kernels import _aot_delta_cases, aot
+from tests.support.aot import assert_fast, require
+
+CASES = {case.name: case for case in _aot_delta_cases.cases()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_registered_cases_use_the_tensor_cores_and_spill_nothing(name):
+    require()
+    report = aot.compile_case(CASES[name])
+    assert_fast(report)
+    assert not report.collectives
+    # Beside its outputs a kernel needs the states transposed, nothing else.
+    assert report.temporary_bytes <= 0.05 * report.hbm_bytes + 2**20
+    # What the program reads and writes is what the floor on paper counts.
+    assert report.argument_bytes + report.output_bytes == pytest.approx(report.hbm_bytes, rel=0.15)
+
+
+@pytest.mark.parametrize("label, products", [("8k", 16), ("d64", 8)])
+def test_products_of_one_state_are_in_flight_together(label, products):
+    """`S^T K^T` and `S^T Q^T` are issued back to back, and what to write is computed while the second runs."""
+    require()
+    (kernel,) = aot.compile_case(CASES[f"gated_delta_rule/forward/{label}"]).kernels
+    runs = [(op, len(list(group))) for op, group in itertools.groupby(kernel.sequence)]
+    start = runs.index(("HGMMA", products))
+    assert [op for op, _ in runs[start + 1 : start + 3]] == ["WAIT<=1", "WAIT<=0"], runs
+    # The state and the output are updated together; the next chunk waits for the state only.
+    assert runs[start + 3] == ("HGMMA", 8), runs
+    assert [op for op, _ in runs[start + 4 : start + 6]] == ["WAIT<=1", "WAIT<=0"], runs
+
+
+def test_list_names_every_case(capsys):
+    aot.main(["--list"])
+    assert set(CASES) <= set(capsys.readouterr().out.split())
