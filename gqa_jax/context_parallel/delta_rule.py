@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -107,7 +108,7 @@ def context_gated_delta_rule(
     if length % slots:
         raise ValueError(f"layout 'zigzag' must have an even T on each device, got T={length}")
     key_dim = query.shape[-1]
-    wide = jnp.promote_types(value.dtype, jnp.float32)
+    wide = np.promote_types(value.dtype, jnp.float32)
     options: dict[str, Any] = dict(
         scale=scale,
         use_qk_l2norm=use_qk_l2norm,

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gqa_jax.context_parallel.marks import Attend, Marks
@@ -40,8 +41,9 @@ def attention(
 ) -> AttentionOutput:
     """Attention of local queries over the keys of all devices; `out` in float32, not yet rounded."""
     devices = lax.axis_size(axis_name)
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    everyone = jax.tree.map(lambda x: lax.all_gather(x, axis_name), marks)  # [n, B, T], small
+    wide = np.promote_types(query.dtype, jnp.float32)
+    tokens = marks._replace(dropout=None)
+    everyone = jax.tree.map(lambda x: lax.all_gather(x, axis_name), tokens)  # [n, B, T], small
 
     def block(query, key, value, marks, everyone, step) -> AttentionOutput:
         source = lax.rem(lax.axis_index(axis_name) - step + devices, devices)
