@@ -136,6 +136,7 @@ class SelfAttention(nnx.Module):
         mask: Bool[Array, "B N T T"] | None = None,
         deterministic: bool = True,
         dropout_key: Array | None = None,
+        dropout_offset: tuple[int, int] | Int[Array, "2"] | None = None,
         split_qkv: bool = True,
     ) -> Float[Array, "B T M"]:
         """Attention within each row.
@@ -148,15 +149,17 @@ class SelfAttention(nnx.Module):
           segment_ids: `[B, T]`; tokens attend within equal ids; negative ids are padding.
           mask: `[B or 1, N or 1, T, T]`, True where the query (rows) may attend, besides the rules above.
           deterministic: False drops attention weights at the configured rate.
-          dropout_key: needed for that.
+          dropout_key: needed for that. What is dropped does not depend on the mesh.
+          dropout_offset: (first batch row, first query head) of this call in the whole, for a layer without `axes` in a
+            `shard_map` of yours; None means (0, 0).
           split_qkv: False hands the fused projection to the operator as it is, for layers that do nothing in between.
 
         Returns:
           `[B, T, M]`; zeros on padding.
 
         Raises:
-          ValueError: shapes that do not fit, dropout without a key, or split_qkv=False with a norm, a rotary
-            embedding or a gate.
+          ValueError: shapes that do not fit, dropout without a key, `dropout_offset` with `axes`, or split_qkv=False
+            with a norm, a rotary embedding or a gate.
         """
         config = self.config
         if x.ndim != 3 or x.shape[-1] != config.model_dim:
@@ -167,20 +170,27 @@ class SelfAttention(nnx.Module):
                 f"`dropout_key` must be given when deterministic=False and dropout_rate={dropout_rate}"
             )
         if self.axes is not None:
-            return tensor_parallel.self_attention(
+            if dropout_offset is not None:
+                raise ValueError(
+                    f"`dropout_offset` must be None for a layer with `axes`, which tell it, got {dropout_offset}"
+                )
+            out, top = tensor_parallel.self_attention(
                 self,
                 x,
                 positions=positions,
                 segment_ids=segment_ids,
                 mask=mask,
-                dropout_rate=dropout_rate,
+                dropout_key=dropout_key if dropout_rate > 0.0 else None,
                 split_qkv=split_qkv,
             )
+            if top is not None:
+                self._record(top)
+            return out
         options: dict[str, Any] = dict(
             is_causal=config.is_causal,
-            mask=mask,
             dropout_rate=dropout_rate,
             dropout_key=dropout_key,
+            dropout_offset=dropout_offset,
             **self._logit_options(),
         )
         gate = None
@@ -188,7 +198,8 @@ class SelfAttention(nnx.Module):
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
             query, key, value, gate = self.project(x, positions)
-            self._record_max_logits(query, key, segment_ids, mask)
+            if qk_clip.is_recording(self):
+                self._record(self.largest_logits(query, key, segment_ids=segment_ids, mask=mask))
             if self.context_parallel is None:
                 out = gqa_attention(
                     query,
@@ -196,6 +207,7 @@ class SelfAttention(nnx.Module):
                     value,
                     query_segment_ids=segment_ids,
                     kv_segment_ids=segment_ids,
+                    mask=mask,
                     **options,
                 )
             else:
@@ -206,13 +218,12 @@ class SelfAttention(nnx.Module):
                     context_parallel=self.context_parallel,
                     positions=positions if self.context_parallel.layout == "positions" else None,
                     segment_ids=segment_ids,
-                    is_causal=config.is_causal,
-                    **self._logit_options(),
+                    **options,
                 )
         else:
             self._check_fused(positions)
             fused = checkpoint_name(self.qkv(x), "qkv")
-            out = gqa_attention_qkv(fused, segment_ids=segment_ids, **options)
+            out = gqa_attention_qkv(fused, segment_ids=segment_ids, mask=mask, **options)
         out = self._finish(out, gate)
         if segment_ids is not None:
             out = jnp.where((segment_ids < 0)[..., None], jnp.zeros((), out.dtype), out)
@@ -309,18 +320,21 @@ class SelfAttention(nnx.Module):
         if found:
             raise ValueError(f"`split_qkv` must be True with {' and '.join(found)}, got False")
 
-    def _record_max_logits(self, query: Array, key: Array, segment_ids, mask) -> None:
-        if not qk_clip.is_recording(self):
-            return
-        top = qk_clip.max_logits(
+    def largest_logits(
+        self, query: Array, key: Array, **marks: Array | None
+    ) -> Float[Array, "K R"]:
+        """`qk_clip.max_logits` with the layer's scale, causality and window."""
+        config = self.config
+        return qk_clip.max_logits(
             query,
             key,
-            scale=self.config.scale,
-            is_causal=self.config.is_causal,
-            sliding_window=self.config.sliding_window,
-            segment_ids=segment_ids,
-            mask=mask,
+            scale=config.scale,
+            is_causal=config.is_causal,
+            sliding_window=config.sliding_window,
+            **marks,
         )
+
+    def _record(self, top: Float[Array, "K R"]) -> None:
         self.sow(qk_clip.MaxLogits, "max_logits", top, capture_noop=True)
 
     def _logit_options(self) -> dict:

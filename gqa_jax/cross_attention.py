@@ -9,10 +9,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from gqa_jax import tensor_parallel
 from gqa_jax.attention import check_injected_norms, gated, head_norm
 from gqa_jax.config import AttentionConfig
 from gqa_jax.projection import Projection
 from gqa_jax.rotary import apply_rotary, rotary_tables
+from gqa_jax.sharding import MeshAxes
 from pallas_kernels import gqa_attention
 
 
@@ -56,6 +58,7 @@ class CrossAttention(nnx.Module):
         memory_dim: int | None = None,
         dtype=None,
         param_dtype=jnp.float32,
+        axes: MeshAxes | None = None,
         q: Callable | None = None,
         kv: Callable | None = None,
         out: Callable | None = None,
@@ -68,6 +71,8 @@ class CrossAttention(nnx.Module):
           config: as for `SelfAttention`, with is_causal=False, and mostly with rope=None.
           rngs, dtype, param_dtype: as for `SelfAttention`.
           memory_dim: Mm; None means M.
+          axes: names of the mesh axes that calls run on; None for one device. `axes.seq` splits the tokens of `x`, in
+            any order; the memory is whole on all its devices.
           q: an NNX module or callable in place of ours, `[B, T, M] -> [B, T, K, R (or 2R), D]`.
           kv: the same, `[B, S, Mm] -> [B, S, K, 2, D]`.
           out: the same, `[B, T, K, R, D] -> [B, T, M]`.
@@ -82,7 +87,7 @@ class CrossAttention(nnx.Module):
         if self.memory_dim < 1:
             raise ValueError(f"`memory_dim` must be positive, got {memory_dim}")
         check_injected_norms(config, q_norm, k_norm)
-        self.config = config
+        self.config, self.axes = config, axes
         common = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         groups, per_group, head_dim = config.num_kv_heads, config.q_per_kv, config.head_dim
         self.q = q or Projection(
@@ -119,15 +124,17 @@ class CrossAttention(nnx.Module):
         Raises:
           ValueError: shapes that do not fit.
         """
-        if memory.ndim != 3 or memory.shape[-1] != self.memory_dim:
-            raise ValueError(
-                f"`memory` must have shape [B, S, Mm={self.memory_dim}], got {memory.shape}"
-            )
+        self._check_memory(memory)
         shape = memory.shape[:2]
         if segment_ids is None:
             segment_ids = jnp.zeros(shape, jnp.int32)
         if segment_ids.shape != shape:
             raise ValueError(f"`segment_ids` must have shape {shape}, got {segment_ids.shape}")
+        if self.axes is not None:
+            key, value = tensor_parallel.project_memory(
+                self, memory, positions=positions, segment_ids=segment_ids
+            )
+            return ProjectedMemory(key, value, segment_ids)
         projected = checkpoint_name(self.kv(memory), "qkv")  # [B, S, K, 2, D]
         key = self._embed(projected[..., 0, :], self.k_norm, positions)
         return ProjectedMemory(key, projected[..., 1, :], segment_ids)
@@ -142,6 +149,7 @@ class CrossAttention(nnx.Module):
         mask: Bool[Array, "B N T S"] | None = None,
         deterministic: bool = True,
         dropout_key: Array | None = None,
+        dropout_offset: tuple[int, int] | Int[Array, "2"] | None = None,
     ) -> Float[Array, "B T M"]:
         """Attention from every token of `x` to the memory, in training and in decoding alike.
 
@@ -152,22 +160,26 @@ class CrossAttention(nnx.Module):
             give the position of the step).
           segment_ids: `[B, T]`; a token sees memory of its own id; negative ids are padding. None means 0.
           mask: `[B or 1, N or 1, T, S]`, True where the query may attend, besides the ids.
-          deterministic, dropout_key: as for `SelfAttention`.
+          deterministic, dropout_key, dropout_offset: as for `SelfAttention`.
 
         Returns:
           `[B, T, M]`; zeros, also with a bias, where a token sees nothing. Its gradients are finite.
 
         Raises:
-          ValueError: shapes that do not fit, or dropout without a key.
+          ValueError: shapes that do not fit, dropout without a key, `dropout_offset` with `axes`, or a rotary embedding
+            without `positions` where `axes.seq` splits the tokens.
+          NotImplementedError: dropout where `axes.seq` does.
         """
         config = self.config
         if x.ndim != 3 or x.shape[-1] != config.model_dim:
             raise ValueError(f"`x` must have shape [B, T, M={config.model_dim}], got {x.shape}")
-        if not isinstance(memory, ProjectedMemory):
-            memory = self.project_memory(memory)
-        if memory.batch_size != x.shape[0]:
+        projected = isinstance(memory, ProjectedMemory)
+        if not projected:
+            self._check_memory(memory)
+        num_rows = memory.batch_size if projected else memory.shape[0]
+        if num_rows != x.shape[0]:
             raise ValueError(
-                f"`memory` must have the batch size of `x`, {x.shape[0]}, got {memory.batch_size}"
+                f"`memory` must have the batch size of `x`, {x.shape[0]}, got {num_rows}"
             )
         dropout_rate = 0.0 if deterministic else config.dropout_rate
         if dropout_rate > 0.0 and dropout_key is None:
@@ -176,8 +188,24 @@ class CrossAttention(nnx.Module):
             )
         if segment_ids is None:
             segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
-        projected = checkpoint_name(self.q(x), "qkv")  # [B, T, K, R or 2R, D]
-        query, gate = projected[..., : config.q_per_kv, :], projected[..., config.q_per_kv :, :]
+        if self.axes is not None:
+            if dropout_offset is not None:
+                raise ValueError(
+                    f"`dropout_offset` must be None for a layer with `axes`, which tell it, got {dropout_offset}"
+                )
+            return tensor_parallel.cross_attention(
+                self,
+                x,
+                memory,
+                positions=positions,
+                segment_ids=segment_ids,
+                mask=mask,
+                dropout_key=dropout_key if dropout_rate > 0.0 else None,
+            )
+        if not isinstance(memory, ProjectedMemory):
+            memory = self.project_memory(memory)
+        fused = checkpoint_name(self.q(x), "qkv")  # [B, T, K, R or 2R, D]
+        query, gate = fused[..., : config.q_per_kv, :], fused[..., config.q_per_kv :, :]
         query = query.reshape(*x.shape[:2], config.num_heads, config.head_dim)
         query = self._embed(query, self.q_norm, positions)
         sinks = None
@@ -197,12 +225,19 @@ class CrossAttention(nnx.Module):
             logits_soft_cap=config.logits_soft_cap,
             dropout_rate=dropout_rate,
             dropout_key=dropout_key,
+            dropout_offset=dropout_offset,
         )
         out = checkpoint_name(out, "core_attention")
         out = out.reshape(*out.shape[:2], config.num_kv_heads, config.q_per_kv, config.head_dim)
         out = self.out(gated(out, gate, config) if config.output_gate else out)
         sees = _sees_something(segment_ids, memory.segment_ids, mask)
         return jnp.where(sees[..., None], out, jnp.zeros((), out.dtype))
+
+    def _check_memory(self, memory: Array) -> None:
+        if memory.ndim != 3 or memory.shape[-1] != self.memory_dim:
+            raise ValueError(
+                f"`memory` must have shape [B, S, Mm={self.memory_dim}], got {memory.shape}"
+            )
 
     def _embed(self, x: Array, norm: Callable | None, positions: Array | None) -> Array:
         """Norm and rotary embedding of `[B, T, heads, D]`, in the configured order."""

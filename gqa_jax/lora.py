@@ -82,10 +82,18 @@ class Adapter:
         return self.a.shape[-1]
 
 
-def adapted_norm(kernel: Array, a: Array, b: Array, scaling: float) -> Array:
-    """`[*out]` float32, the norm over the inputs of `kernel + scaling * a @ b`."""
+def adapted_norm(
+    kernel: Array, a: Array, b: Array, scaling: float, *, split_over: tuple[str, ...] = ()
+) -> Array:
+    """`[*out]` float32, the norm over the inputs of `kernel + scaling * a @ b`.
+
+    Args:
+      kernel, a, b, scaling: as in `Adapter`.
+      split_over: the axes of a `shard_map` whose devices each hold a part of the inputs.
+    """
     wide = kernel.astype(jnp.float32) + scaling * delta_kernel(a, b)
-    return jnp.sqrt((wide * wide).sum(axis=tuple(range(a.ndim - 1))))
+    squares = (wide * wide).sum(axis=tuple(range(a.ndim - 1)))
+    return jnp.sqrt(jax.lax.psum(squares, split_over) if split_over else squares)
 
 
 def delta_kernel(a: Array, b: Array) -> Array:
@@ -102,10 +110,12 @@ class LoRAProjection(nnx.Module):
       lora_a: `[*in, r]`, uniform at first.
       lora_b: `[r, *out]`, zeros at first.
       magnitude: `[*out]` (DoRA), at first the norm of each output's weights; or None.
+      split_over: the axes of a `shard_map` whose devices each hold a part of the inputs.
     """
 
     def __init__(self, base: Projection, adapter: Adapter):
         self.base = base
+        self.split_over: tuple[str, ...] = ()
         self.scaling = adapter.scaling
         self.lora_a, self.lora_b = nnx.LoRAParam(adapter.a), nnx.LoRAParam(adapter.b)
         given = adapter.magnitude
@@ -141,7 +151,9 @@ class LoRAProjection(nnx.Module):
         if self.magnitude is None:
             return out + delta
         along = lambda v: v.astype(dtype).reshape((1,) * (out.ndim - v.ndim) + v.shape)
-        norm = jax.lax.stop_gradient(adapted_norm(kernel, a, b, self.scaling))
+        norm = adapted_norm(
+            *jax.lax.stop_gradient((kernel, a, b)), self.scaling, split_over=self.split_over
+        )
         ratio = along(self.magnitude[...].astype(jnp.float32) / norm)
         if self.bias is None:
             return ratio * (out + delta)

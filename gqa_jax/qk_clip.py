@@ -20,6 +20,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from gqa_jax.sharding import cast_like
+
 KEY_BLOCK = (
     512  # keys per step of the scan in `max_logits`: bounds its memory at T * 512 logits per head
 )
@@ -46,21 +48,36 @@ def is_recording(layer: nnx.Module) -> bool:
     return any(type(captured) is MaxLogits for captured in getattr(layer, "__captures__", ()))
 
 
+def without_records(layer: Any) -> Any:
+    """A copy that records nothing: for code inside `shard_map`, whose arrays must not stay behind in the layer."""
+    leaves, treedef = jax.tree.flatten(layer)
+    copy = jax.tree.unflatten(treedef, leaves)
+    for _, module in nnx.iter_modules(copy):
+        if hasattr(module, "__captures__"):
+            del module.__captures__
+    return copy
+
+
 def max_logits(
     query: Float[Array, "B T N D"],
-    key: Float[Array, "B T K D"],
+    key: Float[Array, "B S K D"],
     *,
     scale: float | None = None,
     is_causal: bool = True,
     sliding_window: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    mask: Bool[Array, "B N T T"] | None = None,
+    kv_segment_ids: Int[Array, "B S"] | None = None,
+    positions: Int[Array, "#B T"] | None = None,
+    kv_positions: Int[Array, "#B S"] | None = None,
+    mask: Bool[Array, "B N T S"] | None = None,
 ) -> Float[Array, "K R"]:
     """The largest scaled logit of each head over all visible pairs of a batch, before any soft cap; O(T) memory.
 
     Args:
       query, key: as attention reads them.
       scale, is_causal, sliding_window, segment_ids, mask: as attention has them.
+      positions: by which causality and window go; None means the index.
+      kv_segment_ids, kv_positions: of the keys, where these are not the tokens of the queries.
 
     Returns:
       `[K, R]` float32, without gradient; -inf for a head that sees nothing.
@@ -70,12 +87,16 @@ def max_logits(
     groups = key.shape[2]
     factor = head_dim**-0.5 if scale is None else scale
     grouped = query.reshape(batch, length, groups, num_heads // groups, head_dim)
-    block = min(KEY_BLOCK, length)
-    index = jnp.arange(length, dtype=jnp.int32)
+    num_keys = key.shape[1]
+    block = min(KEY_BLOCK, num_keys)
+    if positions is None:
+        positions = jnp.arange(length, dtype=jnp.int32)[None]
+    kv_positions = positions if kv_positions is None else kv_positions
+    kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
 
     def step(top: Array, start: Array) -> tuple[Array, None]:
         # The last block is moved back inside the row; its overlap is counted twice, which a maximum does not mind.
-        begin = jnp.minimum(start, length - block)
+        begin = jnp.minimum(start, num_keys - block)
         slice_keys = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, begin, block, axis)
         logits = jnp.einsum(
             "btkrd,bskd->bkrts",
@@ -84,13 +105,13 @@ def max_logits(
             preferred_element_type=jnp.float32,
             precision="highest",
         )
-        distance = index[:, None] - (begin + jnp.arange(block, dtype=jnp.int32))[None, :]
+        distance = positions[:, :, None] - slice_keys(kv_positions, 1)[:, None, :]
         visible = (distance >= 0) if is_causal else jnp.ones_like(distance, bool)
         if sliding_window is not None:
             visible &= distance < sliding_window
-        visible = visible[None, None]
+        visible = visible[:, None]
         if segment_ids is not None:
-            of_keys = slice_keys(segment_ids, 1)[:, None, None, :]
+            of_keys = slice_keys(kv_segment_ids, 1)[:, None, None, :]
             of_queries = segment_ids[:, None, :, None]
             visible = visible & (of_keys == of_queries) & (of_queries >= 0)
         if mask is not None:
@@ -100,7 +121,8 @@ def max_logits(
         return jnp.maximum(top, seen.max(axis=(0, 3, 4))), None
 
     empty = jnp.full((groups, num_heads // groups), -jnp.inf, jnp.float32)
-    return jax.lax.scan(step, empty, jnp.arange(0, length, block, dtype=jnp.int32))[0]
+    empty = cast_like(cast_like(empty, query), key)
+    return jax.lax.scan(step, empty, jnp.arange(0, num_keys, block, dtype=jnp.int32))[0]
 
 
 def clip_factors(

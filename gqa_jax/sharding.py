@@ -140,9 +140,12 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return x
+    lay_out = lax.with_sharding_constraint
     if mesh.are_all_axes_explicit:
-        return jax.sharding.reshard(x, spec)
-    return lax.with_sharding_constraint(x, spec)
+        lay_out = jax.sharding.reshard
+    if not isinstance(x, jax.core.Tracer):  # an array that is not on the mesh yet is no error
+        return jax.jit(lay_out, static_argnums=1)(x, spec)
+    return lay_out(x, spec)
 
 
 def cast_like(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -168,6 +171,10 @@ def split_groups(axes: MeshAxes, groups: int, mesh) -> tuple[tuple[str, ...], tu
 _RULES: dict[str, tuple[str | None, ...]] = {
     "qkv.kernel": ("embed+", "groups", None, None),
     "qkv.bias": ("groups", None, None),
+    "q.kernel": ("embed+", "groups", None, None),
+    "q.bias": ("groups", None, None),
+    "kv.kernel": ("embed+", "groups", None, None),
+    "kv.bias": ("groups", None, None),
     "out.kernel": ("groups", "within", None, "embed"),
     "out.bias": (None,),
     "sinks": ("groups", "within"),
@@ -187,7 +194,19 @@ _RULES: dict[str, tuple[str | None, ...]] = {
     "lm_head.kernel": ("embed", "heads"),
     "scale": (None,),
 }
-_GROUPS_AT = {"qkv.kernel": 1, "qkv.bias": 0, "out.kernel": 0, "sinks": 0}
+# Projections that may carry an adapter -> how many dimensions of the kernel are inputs: A has those, B the others.
+_NUM_IN = {"qkv": 1, "q": 1, "kv": 1, "out": 3, "in_proj": 1, "ba": 1, "gate_up": 1, "down": 1}
+for _name, _num_in in _NUM_IN.items():
+    _kernel = _RULES[f"{_name}.kernel"]
+    # A has no groups from which to tell what they leave over.
+    _inputs = tuple("embed" if dim == "embed+" else dim for dim in _kernel[:_num_in])
+    _RULES |= {
+        f"{_name}.base.kernel": _kernel,
+        f"{_name}.base.bias": _RULES.get(f"{_name}.bias", ()),
+        f"{_name}.lora_a": (*_inputs, None),
+        f"{_name}.lora_b": (None, *_kernel[_num_in:]),
+        f"{_name}.magnitude": _kernel[_num_in:],
+    }
 
 
 def path_name(path) -> str:
@@ -229,8 +248,8 @@ def parameter_spec(
             f"`{path}` must have {len(dims)} dimensions, or one more when stacked, got shape {shape}"
         )
     groups, within = names(axes.heads), ()
-    if rule in _GROUPS_AT:
-        groups, within = split_groups(axes, shape[stacked + _GROUPS_AT[rule]], mesh)
+    if "groups" in dims:
+        groups, within = split_groups(axes, shape[stacked + dims.index("groups")], mesh)
     meaning: dict[str | None, tuple[str, ...]] = {
         None: (),
         "heads": names(axes.heads),

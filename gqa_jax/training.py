@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +11,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from gqa_jax import sharding, tensor_parallel
 from gqa_jax.decoder import Decoder
 from gqa_jax.moe import load_balancing_loss
+from gqa_jax.sharding import MeshAxes
 
 
 def next_token_loss(
@@ -78,6 +81,31 @@ class TrainState:
             step=jnp.zeros((), jnp.int32),
         )
 
+    @classmethod
+    def create_on_mesh(
+        cls, build: Callable[[], Decoder], optimizer: optax.GradientTransformation, mesh: Any
+    ) -> "TrainState":
+        """The same, made where it will lie: a device, or a process of many, never holds more than its shards.
+
+        Args:
+          build: makes the decoder, with `axes`.
+          optimizer: of the state.
+          mesh: concrete, with those axes; it may span processes, which then all call this.
+
+        Raises:
+          ValueError: a decoder without `axes`, or as `sharding.parameter_spec`.
+        """
+
+        def make() -> TrainState:
+            return cls.create(build(), optimizer)
+
+        abstract = jax.eval_shape(make)
+        axes = abstract.decoder.axes
+        if axes is None:
+            raise ValueError("`build` must make a decoder with `axes`, got axes=None")
+        shardings = sharding.parameter_shardings(abstract, mesh, axes)
+        return jax.jit(make, out_shardings=shardings)()
+
     @property
     def decoder(self) -> Decoder:
         """The decoder with the current parameters."""
@@ -106,19 +134,26 @@ def train_step(
     tokens: Int[Array, "B T"],
     *,
     optimizer: optax.GradientTransformation,
+    targets: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     update_scale: Float[Array, ""] | None = None,
     load_balancing: float = 0.0,
     dropout_key: Array | None = None,
 ) -> TrainOutput:
-    """One update on the prediction of `tokens[:, 1:]` from `tokens[:, :-1]`.
+    """One update on the prediction of `tokens[:, 1:]` from `tokens[:, :-1]`, or of `targets` from `tokens`.
+
+    On a mesh the decoder's `axes` split, gradients are summed and parameters stay where they are.
 
     Args:
       state: donated; use the one that is returned.
       tokens: `[B, T]` integer, T >= 2.
       optimizer: the one that made the state.
-      segment_ids: `[B, T]`; the first token of a segment is not predicted from the one before it, padding (negative)
-        not at all.
+      targets: `[B, T]` integer, what each token predicts; negative predicts nothing. None shifts `tokens`. Needed
+        under context parallelism, where the next token may be on another device: shift, then `to_layout`.
+      positions: `[B, T]`, as for `Decoder`, with `targets` only.
+      segment_ids: `[B, T]`; without `targets` the first token of a segment is not predicted from the one before it,
+        padding (negative) not at all.
       update_scale: `[]`, multiplies the update: a schedule that is driven from outside.
       load_balancing: weight of `moe.load_balancing_loss`.
       dropout_key: None for none; folded with the step.
@@ -127,7 +162,8 @@ def train_step(
       `TrainOutput(state, loss, gradient_norm)`.
 
     Raises:
-      TypeError, ValueError: as `Decoder`, and for `load_balancing` without a mixture.
+      TypeError, ValueError: as `Decoder`, for `load_balancing` without a mixture, `positions` without `targets`, or
+        context parallelism without `targets`.
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise ValueError(f"`tokens` must have shape [B, T] with T >= 2, got {tokens.shape}")
@@ -135,17 +171,31 @@ def train_step(
     if dropout_key is not None:
         options["dropout_key"] = jax.random.fold_in(dropout_key, state.step)
     real = None
-    if segment_ids is not None:
-        options["segment_ids"] = segment_ids[:, :-1]
-        real = (segment_ids[:, 1:] >= 0) & (segment_ids[:, 1:] == segment_ids[:, :-1])
+    if targets is not None:
+        if targets.shape != tokens.shape:
+            raise ValueError(f"`targets` must have shape {tokens.shape}, got {targets.shape}")
+        options |= dict(positions=positions, segment_ids=segment_ids)
+        real = targets >= 0
+    else:
+        if positions is not None:
+            raise ValueError("`positions` must be None without `targets`")
+        if state.decoder.context_parallel is not None:
+            raise ValueError(
+                "`targets` must be given under context parallelism, got None: the next token may be on another device"
+            )
+        if segment_ids is not None:
+            options["segment_ids"] = segment_ids[:, :-1]
+            real = (segment_ids[:, 1:] >= 0) & (segment_ids[:, 1:] == segment_ids[:, :-1])
+        tokens, targets = tokens[:, :-1], tokens[:, 1:]
 
     def objective(params):
         decoder = nnx.merge(state.graphdef, params, state.rest)
+        loss_of = functools.partial(_loss, targets=targets, real=real, axes=decoder.axes)
         if load_balancing == 0.0:
-            loss = next_token_loss(decoder(tokens[:, :-1], **options), tokens[:, 1:], real=real)
+            loss = loss_of(decoder(tokens, **options))
             return loss, loss
-        logits, router = decoder.with_router_statistics(tokens[:, :-1], **options)
-        loss = next_token_loss(logits, tokens[:, 1:], real=real)
+        logits, router = decoder.with_router_statistics(tokens, **options)
+        loss = loss_of(logits)
         return loss + load_balancing * load_balancing_loss(router), loss
 
     gradients, loss = jax.grad(objective, has_aux=True)(state.params)
@@ -159,3 +209,13 @@ def train_step(
         step=state.step + 1,
     )
     return TrainOutput(advanced, loss, optax.global_norm(gradients))
+
+
+def _loss(logits: Array, *, targets: Array, real: Array | None, axes: MeshAxes | None) -> Array:
+    """`next_token_loss`, also of logits whose vocabulary is split."""
+    if axes is None:
+        return next_token_loss(logits, targets, real=real)
+    labels = targets if real is None else jnp.where(real, targets, -1)
+    losses = tensor_parallel.cross_entropy(logits, labels, axes)
+    count = (labels >= 0).sum().astype(jnp.float32)
+    return losses.sum() / jnp.maximum(count, 1.0)

@@ -10,7 +10,9 @@ from flax import nnx
 from gqa_jax.checkpoint.huggingface import read_hf, write_hf
 from gqa_jax.checkpoint.rules import Path
 from gqa_jax.config import DecoderConfig
+from gqa_jax.context_parallel import ContextParallel
 from gqa_jax.decoder import Decoder
+from gqa_jax.sharding import MeshAxes, sharding_of_path
 
 Shardings = Callable[[Path], jax.sharding.Sharding | None]
 
@@ -20,23 +22,29 @@ def load_hf(
     *,
     config: DecoderConfig | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    axes: MeshAxes | None = None,
+    context_parallel: ContextParallel | None = None,
     dtype: Any = None,
     shardings: Shardings | None = None,
 ) -> Decoder:
     """Loads Llama, Qwen2, Qwen3, Qwen3-MoE, Qwen3-Next and Qwen3.5 (dense and mixture, text) checkpoints.
 
-    One parameter at a time goes from the mapped file to its devices, so the host never holds a copy of the model.
+    One parameter at a time goes from the mapped file to its devices, so the host never holds a copy of the model, and
+    a device never more than its shards. With a mesh over many processes all of them call this and see the folder.
 
     Args:
       path: folder with `config.json` and safetensors, single or sharded.
       config: None reads `config.json`; given, for example with `scan_layers=True`, it must describe the same model.
-      mesh: parameters are replicated over it where `shardings` says nothing.
+      mesh: where the parameters go; the files are the same for every mesh.
+      axes, context_parallel: of the decoder; parameters are split over the mesh as `gqa_jax.sharding` says. Without
+        `axes` they are replicated where `shardings` says nothing.
       dtype: of the parameters, and so of the computation; None keeps that of the checkpoint. Decay parameters of Gated
         DeltaNet are float32 in any case.
-      shardings: path -> sharding of that parameter, or None.
+      shardings: path -> sharding of that parameter, before those of `axes`, or None.
 
     Raises:
-      ValueError: naming a config field or value, tensors that are missing, unexpected, of the wrong shape or fp8.
+      ValueError: `axes` without `mesh`, or that do not fit it; naming a config field or value, tensors that are
+        missing, unexpected, of the wrong shape or fp8.
 
     Example:
       >>> decoder = load_hf("Qwen3-0.6B", dtype=jnp.bfloat16)  # doctest: +SKIP
@@ -44,16 +52,24 @@ def load_hf(
       (1, 12, 151936)
     """
     config = DecoderConfig.from_hf(path) if config is None else config
-    replicated = None if mesh is None else jax.NamedSharding(mesh, jax.P())
+    if axes is not None and mesh is None:
+        raise ValueError(f"`mesh` must be given with `axes={axes}`, got None")
+    abstract = nnx.eval_shape(
+        lambda: Decoder(config, rngs=nnx.Rngs(0), axes=axes, context_parallel=context_parallel)
+    )
+    graphdef, state = nnx.split(abstract)
+    flat = dict(nnx.to_flat_state(state))
+    by_rule = sharding_of_path(mesh, axes) if axes is not None else None
 
     def place(leaf: Path) -> jax.sharding.Sharding | None:
         chosen = None if shardings is None else shardings(leaf)
-        return replicated if chosen is None else chosen
+        if chosen is not None or mesh is None:
+            return chosen
+        if by_rule is None:
+            return jax.NamedSharding(mesh, jax.P())
+        return by_rule(".".join(map(str, leaf)), flat[leaf].shape)
 
     arrays = read_hf(path, config, dtype=dtype, shardings=place)
-    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
-    flat = dict(nnx.to_flat_state(state))
     if strangers := flat.keys() ^ arrays.keys():
         raise ValueError(
             f"Decoder and checkpoint rules disagree about {sorted(map(str, strangers))}"
@@ -72,7 +88,8 @@ def save_hf(
     """Saves a decoder as a folder that transformers loads; `decoder.config.family` names the `model_type`.
 
     Args:
-      decoder: its parameters are saved in their dtype, whatever their sharding, one at a time.
+      decoder: its parameters are saved in their dtype, whatever their sharding, one at a time. Where they span
+        processes, all of them call this, and process 0 writes.
       path: the folder; created if missing.
       max_shard_bytes: start another file rather than exceed this.
       extra_config: fields for `config.json` that do not concern the decoder, such as token ids.

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from gqa_jax.checkpoint.rules import Dialect, Path, Rule, rules
 from gqa_jax.checkpoint.safetensors_file import TensorFile, TensorSpec, write_tensors
@@ -121,7 +122,8 @@ def export_hf(
 
     Args:
       config: of the decoder.
-      parameters: by path, as `import_hf` yields them; numpy or jax arrays, sharded ones too.
+      parameters: by path, as `import_hf` yields them; numpy or jax arrays, sharded ones too. Where these span
+        processes, all processes iterate together.
 
     Raises:
       ValueError: paths that are missing or unexpected, all listed, or shapes that do not fit.
@@ -132,7 +134,7 @@ def export_hf(
     table = rules(config)
     _check_parameters(table, parameters)
     for rule in table:
-        tensors = rule.split([np.asarray(parameters[path]) for path in rule.paths])
+        tensors = rule.split([_whole(parameters[path]) for path in rule.paths])
         yield from zip(rule.names, tensors, strict=True)
 
 
@@ -179,7 +181,8 @@ def write_hf(
 ) -> None:
     """Writes a folder that transformers loads: `config.json` and safetensors, sharded with an index if large.
 
-    Files appear under their names when all are complete.
+    Files appear under their names when all are complete. Where parameters span processes, all processes call this,
+    process 0 writes, and the call returns in none before that is done.
 
     Args:
       config: of the decoder; its `family` names the `model_type`.
@@ -202,10 +205,27 @@ def write_hf(
     stored = np.dtype(parameters[("embed", "embedding")].dtype).name
     described = to_hf_config(config, extra={"dtype": stored} | dict(extra_config or {}))
     shards = _shards(_specs(table, parameters), max_shard_bytes)
+    if not all(map(_is_here, parameters.values())):
+        if jax.process_index() == 0:
+            _write(config, parameters, pathlib.Path(path), shards, described)
+        else:
+            for _ in export_hf(config, parameters):  # gathers along with process 0
+                pass
+        multihost_utils.sync_global_devices("gqa_jax.checkpoint.write_hf")
+    else:
+        _write(config, parameters, pathlib.Path(path), shards, described)
+
+
+def _write(
+    config: DecoderConfig,
+    parameters: Mapping[Path, Any],
+    folder: pathlib.Path,
+    shards: list[list[TensorSpec]],
+    described: Mapping[str, Any],
+) -> None:
     files = [SINGLE]
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     strangers = {p.name for p in folder.glob("*.safetensors")} - set(files)
     if strangers:
@@ -305,6 +325,19 @@ def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Arr
         return jnp.asarray(np.array(array, order="C"))
     return jax.make_array_from_callback(
         array.shape, sharding, lambda index: np.array(array[index], order="C")
+    )
+
+
+def _is_here(array: Any) -> bool:
+    """Whether this process can read all of it."""
+    if not isinstance(array, jax.Array):
+        return True
+    return array.is_fully_addressable or array.is_fully_replicated
+
+
+def _whole(array: Any) -> np.ndarray:
+    return np.asarray(
+        array if _is_here(array) else multihost_utils.process_allgather(array, tiled=True)
     )
 
 

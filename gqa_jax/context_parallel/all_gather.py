@@ -13,8 +13,9 @@ _GATHERED = "gathered_key_value"
 
 
 def gather_marks(marks: Marks, axis_name: Any) -> Marks:
-    """The marks of all devices, in the order of devices."""
-    return jax.tree.map(lambda x: lax.all_gather(x, axis_name, axis=1, tiled=True), marks)
+    """The marks of the tokens of all devices, in the order of devices."""
+    tokens = marks._replace(dropout=None)
+    return jax.tree.map(lambda x: lax.all_gather(x, axis_name, axis=1, tiled=True), tokens)
 
 
 def attention(

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gqa_jax.context_parallel import all_gather, all_to_all, halo, ring
-from gqa_jax.context_parallel.marks import Marks
+from gqa_jax.context_parallel.marks import Dropout, Marks
 from gqa_jax.context_parallel.order import ContextParallel, local_positions, num_slots
 from gqa_jax.sharding import cast_like, names
 from pallas_kernels import AttentionOutput, gqa_attention_with_lse
@@ -31,6 +31,9 @@ def context_attention_with_lse(
     scale: float | None = None,
     sinks: Float[Array, "N"] | None = None,
     logits_soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    dropout_offset: tuple[int, int] | Int[Array, "2"] | None = None,
     implementation: Any = None,
 ) -> AttentionOutput:
     """Grouped-query attention over the tokens of all devices along an axis. Call it inside `shard_map`.
@@ -45,6 +48,8 @@ def context_attention_with_lse(
         refused with the others, which know them.
       segment_ids: `[B, T]`; tokens attend within equal ids; negative ids are padding.
       is_causal, sliding_window, scale, sinks, logits_soft_cap, implementation: as for `gqa_attention`.
+      dropout_rate, dropout_key: the same; what is dropped goes by places in the row, so it is what one device drops.
+      dropout_offset: (first batch row, first query head) of these arrays in the whole.
 
     Returns:
       output `[B, T, N, Dv]` and lse `[B, T, N]` of this device's tokens.
@@ -63,10 +68,21 @@ def context_attention_with_lse(
         raise ValueError(f"layout 'zigzag' must have an even T on each device, got T={length}")
     if positions is None:
         positions = jnp.broadcast_to(local_positions(length, axis_name, layout), (batch, length))
+    dropout = None
+    if dropout_rate > 0.0:
+        if dropout_key is None:
+            raise ValueError(
+                f"`dropout_key` must be given with `dropout_rate={dropout_rate}`, got None"
+            )
+        offset = jnp.asarray((0, 0) if dropout_offset is None else dropout_offset, jnp.int32)
+        dropout = Dropout(dropout_key, offset)
     ids = None if segment_ids is None else cast_like(segment_ids, query)
-    marks = Marks(cast_like(positions, query), ids)
+    marks = Marks(cast_like(positions, query), ids, dropout)
 
     def attend(query, key, value, mine: Marks, theirs: Marks) -> AttentionOutput:
+        drop: dict[str, Any] = {}
+        if mine.dropout is not None:
+            drop = dict(dropout_key=mine.dropout.key, dropout_offset=mine.dropout.offset)
         return gqa_attention_with_lse(
             query,
             key,
@@ -79,7 +95,9 @@ def context_attention_with_lse(
             kv_positions=theirs.positions,
             query_segment_ids=mine.segment_ids,
             kv_segment_ids=theirs.segment_ids,
+            dropout_rate=dropout_rate,
             implementation=implementation,
+            **drop,
         )
 
     def whole_rows(query, key, value, marks):
@@ -97,7 +115,8 @@ def context_attention_with_lse(
     around: dict[str, Any] = dict(
         masked=masked if skips else None, past_only=is_causal and layout == "contiguous"
     )
-    reach = halo.pays(length, axis_name, sliding_window, layout)
+    # The halo folds chunks into rows of the batch, and by rows dropout goes.
+    reach = None if dropout else halo.pays(length, axis_name, sliding_window, layout)
     common: dict[str, Any] = dict(axis_name=axis_name, attend=attend)
     if mode == "a2a":
         result = all_to_all.attention(

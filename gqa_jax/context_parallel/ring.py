@@ -67,7 +67,8 @@ def attention(
     """
     devices = lax.axis_size(axis_name)
     wide = np.promote_types(query.dtype, jnp.float32)
-    everyone = jax.tree.map(lambda x: lax.all_gather(x, axis_name), marks)  # [n, B, T], small
+    tokens = marks._replace(dropout=None)
+    everyone = jax.tree.map(lambda x: lax.all_gather(x, axis_name), tokens)  # [n, B, T], small
 
     def of_step(everyone, step) -> Marks:
         source = lax.rem(lax.axis_index(axis_name) - step + devices, devices)

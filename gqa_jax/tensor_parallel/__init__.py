@@ -10,9 +10,11 @@ from gqa_jax.tensor_parallel.decoding import cache_specs as cache_specs
 from gqa_jax.tensor_parallel.decoding import for_steps as for_steps
 from gqa_jax.tensor_parallel.decoding import shard_cache as shard_cache
 from gqa_jax.tensor_parallel.decoding import step as step
+from gqa_jax.tensor_parallel.layers import cross_attention as cross_attention
 from gqa_jax.tensor_parallel.layers import gated_deltanet as gated_deltanet
 from gqa_jax.tensor_parallel.layers import mlp as mlp
 from gqa_jax.tensor_parallel.layers import moe as moe
+from gqa_jax.tensor_parallel.layers import project_memory as project_memory
 from gqa_jax.tensor_parallel.layers import self_attention as self_attention
 from gqa_jax.tensor_parallel.on_mesh import check_layer as check_layer
 from gqa_jax.tensor_parallel.on_mesh import check_positions as check_positions

@@ -17,7 +17,8 @@ def cache_specs(cache: Any, axes: MeshAxes, num_kv_heads: int | None, mesh: Any)
     """A cache of PartitionSpecs for the cache of one layer.
 
     Args:
-      cache: of a layer; a `KVCache` is split by heads and, where `axes.seq` is set, by slots.
+      cache: of a layer, or of the layers of a scan, stacked; a `KVCache` is split by heads and, where `axes.seq` is
+        set, by slots.
       axes: names of mesh axes.
       num_kv_heads: K of an attention layer, None for Gated DeltaNet.
       mesh: with the axes.
@@ -26,9 +27,11 @@ def cache_specs(cache: Any, axes: MeshAxes, num_kv_heads: int | None, mesh: Any)
       NotImplementedError: `axes.seq` with a cache other than `KVCache` or `GatedDeltaNetState`.
     """
     rows, seq = axes.tokens[0], axes.tokens[1]
+    repeats = (None,) * (cache.length.ndim - 1)
+    spec = lambda *dims: jax.P(*repeats, *dims)
     if isinstance(cache, GatedDeltaNetState):
         heads = axes.logits[2]
-        specs: Any = jax.P(rows, None, heads), jax.P(rows, heads), jax.P(rows)
+        specs: Any = spec(rows, None, heads), spec(rows, heads), spec(rows)
         return GatedDeltaNetState(*specs)
     if seq is not None and not isinstance(cache, KVCache):
         raise NotImplementedError(
@@ -36,12 +39,23 @@ def cache_specs(cache: Any, axes: MeshAxes, num_kv_heads: int | None, mesh: Any)
         )
     assert num_kv_heads is not None
     groups = sharding.split_groups(axes, num_kv_heads, mesh)[0] or None
-    split = jax.P(rows, groups, seq)
-    return jax.tree.map(lambda x: split if x.ndim > 1 else jax.P(rows), cache)
+    by_row = len(repeats) + 1
+    return jax.tree.map(lambda x: spec(rows, groups, seq) if x.ndim > by_row else spec(rows), cache)
 
 
 def shard_cache(cache: Any, layer: Any) -> Any:
-    """A layer's empty cache laid out on the current mesh, so that the first step need not move it."""
+    """An empty cache laid out on the current mesh, so that the first step need not move it.
+
+    Args:
+      cache: what `layer.init_cache` made.
+      layer: a mixer, or a whole decoder.
+
+    Raises:
+      NotImplementedError: as `cache_specs`.
+    """
+    if isinstance(cache, tuple) and hasattr(layer, "layers"):
+        pairs = zip(cache, layer.layers, strict=True)
+        return tuple(shard_cache(entry, one.mixer) for entry, one in pairs)
     config = layer.config
     groups = config.num_kv_heads if isinstance(config, AttentionConfig) else None
     specs = cache_specs(cache, layer.axes, groups, sharding.current_mesh(layer.axes))

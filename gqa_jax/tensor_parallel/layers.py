@@ -12,7 +12,7 @@ from gqa_jax import qk_clip, sharding
 from gqa_jax.context_parallel import redo_order, undo_order
 from gqa_jax.context_parallel.order import local_positions
 from gqa_jax.sharding import names
-from gqa_jax.tensor_parallel.on_mesh import on_mesh
+from gqa_jax.tensor_parallel.on_mesh import check_rows, on_mesh, spread
 
 
 def self_attention(
@@ -22,23 +22,20 @@ def self_attention(
     positions: Array | None,
     segment_ids: Array | None,
     mask: Array | None,
-    dropout_rate: float,
+    dropout_key: Array | None,
     split_qkv: bool,
-) -> Array:
-    """`SelfAttention.__call__` on a mesh.
+) -> tuple[Array, Array | None]:
+    """`SelfAttention.__call__` on a mesh; without `dropout_key` nothing is dropped.
+
+    Returns:
+      the output, and `[K, R]` the largest logits where `qk_clip` records them.
 
     Raises:
-      NotImplementedError: dropout, recording of the largest logits, or a mask per head where a group's queries are
-        split over devices.
+      NotImplementedError: a mask per head where a group's queries are split over devices, or dropout where those of
+        several groups are.
       ValueError: what context parallelism cannot be given: a mask, a fused call, layout "positions" without positions.
     """
     axes, plan = layer.axes, layer.context_parallel
-    if dropout_rate > 0.0:
-        raise NotImplementedError(
-            f"attention dropout does not run on a mesh, got dropout_rate={dropout_rate}"
-        )
-    if qk_clip.is_recording(layer):
-        raise NotImplementedError("`qk_clip.MaxLogits` are not recorded on a mesh")
     if plan is not None:
         if mask is not None:
             raise ValueError(
@@ -48,28 +45,175 @@ def self_attention(
             raise ValueError("`split_qkv` must be True under context parallelism, got False")
         if plan.layout == "positions" and positions is None:
             raise ValueError("`positions` must be given with layout 'positions', got None")
-    by_head = axes.logits[2] if mask is not None and mask.shape[1] > 1 else None
-    if mask is not None and by_head is not None:
-        mesh = sharding.current_mesh(axes)
-        if sharding.split_groups(axes, layer.config.num_kv_heads, mesh)[1]:
-            raise NotImplementedError(
-                "`mask` must be the same for all heads where devices share a key/value head, got "
-                f"{mask.shape}"
-            )
+    recording = qk_clip.is_recording(layer) and split_qkv
 
-    def body(local, x, positions, segment_ids, mask):
+    def body(local, x, positions, segment_ids, mask, dropout_key):
+        places = positions
+        if plan is None or plan.layout != "positions":
+            places = jnp.arange(x.shape[1], dtype=jnp.int32)
+            if plan is not None:
+                places = local_positions(x.shape[1], names(axes.seq), plan.layout)
+            places = jnp.broadcast_to(places, x.shape[:2])
         if plan is not None and positions is None:
-            places = local_positions(x.shape[1], names(axes.seq), plan.layout)
-            positions = jnp.broadcast_to(places, x.shape[:2])
-        out = local(x, positions=positions, segment_ids=segment_ids, mask=mask, split_qkv=split_qkv)
-        return out, None
+            positions = places
+        drop = {}
+        if dropout_key is not None:
+            offset = dropout_offset(layer, local, x.shape[0])
+            drop = dict(deterministic=False, dropout_key=dropout_key, dropout_offset=offset)
+        options = dict(positions=positions, segment_ids=segment_ids, mask=mask, split_qkv=split_qkv)
+        out = local(x, **options, **drop)
+        if not recording:
+            return out, None
+        query, key, *_ = local.project(x, places if positions is None else positions)
+        row = names(axes.seq)
+        everywhere = lambda v: lax.all_gather(v, row, axis=1, tiled=True) if row else v
+        top = local.largest_logits(
+            query,
+            everywhere(key),
+            positions=places,
+            kv_positions=everywhere(places),
+            segment_ids=segment_ids,
+            kv_segment_ids=None if segment_ids is None else everywhere(segment_ids),
+            mask=mask,
+        )
+        return out, lax.pmax(top, (*names(axes.batch), *row)) if axes.batch or row else top
 
+    groups, within = sharding.split_groups(
+        axes, layer.config.num_kv_heads, sharding.current_mesh(axes)
+    )
     specs = (
         axes.tokens if positions is None or positions.ndim == 2 else jax.P(None, *axes.tokens),
         axes.tokens,
-        None if mask is None else jax.P(axes.tokens[0] if mask.shape[0] > 1 else None, by_head),
+        _mask_spec(layer, mask, None),
+        jax.P(),
     )
-    return on_mesh(layer, body, x, (positions, segment_ids, mask), axes=axes, input_specs=specs)[0]
+    inputs = (positions, segment_ids, mask, dropout_key)
+    by_head = jax.P(groups or None, within or None) if recording else None
+    return on_mesh(layer, body, x, inputs, axes=axes, input_specs=specs, extra_specs=by_head)
+
+
+def cross_attention(
+    layer: Any,
+    x: Array,
+    memory: Any,
+    *,
+    positions: Array | None,
+    segment_ids: Array,
+    mask: Array | None,
+    dropout_key: Array | None,
+) -> Array:
+    """`CrossAttention.__call__` on a mesh; without `dropout_key` nothing is dropped.
+
+    Args:
+      layer, x, positions, segment_ids, mask: of the call; `axes.seq` splits tokens in any order.
+      memory: an array, or projected; every device of `axes.seq` has it whole.
+      dropout_key: or None.
+
+    Raises:
+      NotImplementedError: as `self_attention`, and dropout where `axes.seq` splits the tokens.
+      ValueError: a rotary embedding without `positions` where `axes.seq` splits the tokens.
+    """
+    axes = layer.axes
+    if axes.seq is not None and dropout_key is not None:
+        raise NotImplementedError(
+            f"dropout of cross-attention goes by the index of a token, which axes.seq={axes.seq!r} hides"
+        )
+    if axes.seq is not None and layer.config.rope is not None and positions is None:
+        raise ValueError(
+            f"`positions` must be given where axes.seq={axes.seq!r} splits the tokens, got None"
+        )
+
+    def body(local, x, memory, positions, segment_ids, mask, dropout_key):
+        drop = {}
+        if dropout_key is not None:
+            offset = dropout_offset(layer, local, x.shape[0])
+            drop = dict(deterministic=False, dropout_key=dropout_key, dropout_offset=offset)
+        marks = dict(positions=positions, segment_ids=segment_ids, mask=mask)
+        return local(x, memory, **marks, **drop), None
+
+    rows = jax.P(axes.tokens[0])
+    of_memory: Any = rows
+    if dataclasses.is_dataclass(memory):  # projected
+        by_group = _projected_spec(layer)
+        of_memory = dataclasses.replace(memory, key=by_group, value=by_group, segment_ids=rows)
+    specs = (of_memory, axes.tokens, axes.tokens, _mask_spec(layer, mask, axes.tokens[1]), jax.P())
+    inputs = (memory, positions, segment_ids, mask, dropout_key)
+    return on_mesh(layer, body, x, inputs, axes=axes, input_specs=specs)[0]
+
+
+def project_memory(
+    layer: Any, memory: Array, *, positions: Array | None, segment_ids: Array
+) -> tuple[Array, Array]:
+    """Key and value of `CrossAttention.project_memory` on a mesh, split by rows and groups."""
+    axes = layer.axes
+    mesh = sharding.current_mesh(axes)
+    sharing = sharding.split_groups(axes, layer.config.num_kv_heads, mesh)[1]
+
+    def run(local, memory, positions, segment_ids):
+        projected = local.project_memory(memory, positions=positions, segment_ids=segment_ids)
+        both = projected.key, projected.value
+        if sharing:  # equal on devices that share a group, which they gathered: one speaks for all
+            speaks = lax.axis_index(sharing) == 0
+            both = jax.tree.map(lambda x: jnp.where(speaks, x, jnp.zeros_like(x)), both)
+            both = lax.psum(both, sharing)
+        return both
+
+    if not sharding.is_manual(axes):
+        check_rows(memory, axes.without_seq, layer, name="memory")
+    rows, by_group = jax.P(axes.tokens[0]), _projected_spec(layer)
+    return spread(
+        layer,
+        run,
+        (memory, positions, segment_ids),
+        axes=axes,
+        in_specs=(rows, rows, rows),
+        out_specs=(by_group, by_group),
+    )
+
+
+def _projected_spec(layer: Any) -> jax.P:
+    """Of `[B, S, K, D]`."""
+    axes = layer.axes
+    mesh = sharding.current_mesh(axes)
+    groups = sharding.split_groups(axes, layer.config.num_kv_heads, mesh)[0]
+    return jax.P(axes.tokens[0], None, groups or None)
+
+
+def _mask_spec(layer: Any, mask: Array | None, of_queries: Any) -> jax.P | None:
+    """Of a mask `[B or 1, N or 1, T, S]`.
+
+    Raises:
+      NotImplementedError: one per head where devices share a group.
+    """
+    if mask is None:
+        return None
+    axes = layer.axes
+    by_head = axes.logits[2] if mask.shape[1] > 1 else None
+    mesh = sharding.current_mesh(axes)
+    if by_head is not None and sharding.split_groups(axes, layer.config.num_kv_heads, mesh)[1]:
+        raise NotImplementedError(
+            f"`mask` must be the same for all heads where devices share a key/value head, got {mask.shape}"
+        )
+    return jax.P(axes.tokens[0] if mask.shape[0] > 1 else None, by_head, of_queries)
+
+
+def dropout_offset(layer: Any, local: Any, rows: int) -> Array:
+    """(first batch row, first query head) of this device in the whole, `[2]` int32. Inside `shard_map`.
+
+    Raises:
+      NotImplementedError: its heads are not consecutive.
+    """
+    axes, config = layer.axes, layer.config
+    groups, within = sharding.split_groups(axes, config.num_kv_heads, sharding.current_mesh(axes))
+    held = local.config.num_kv_heads
+    if within and held > 1:
+        raise NotImplementedError(
+            f"dropout needs devices with consecutive heads: mesh axes {within} split the queries of groups, of which a "
+            f"device has {held}; factor `heads` so that it has one"
+        )
+    index = lambda axis: lax.axis_index(axis) if axis else jnp.int32(0)
+    head = index(groups) * (held * config.q_per_kv) + index(within) * local.config.q_per_kv
+    return jnp.stack([index(names(axes.batch)) * rows, head])
 
 
 def gated_deltanet(

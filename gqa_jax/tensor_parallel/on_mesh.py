@@ -6,12 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
 from gqa_jax import sharding
 from gqa_jax.config import AttentionConfig, GatedDeltaNetConfig
 from gqa_jax.context_parallel.order import ContextParallel, num_slots
+from gqa_jax.lora import LoRAProjection
+from gqa_jax.qk_clip import without_records
 from gqa_jax.sharding import MeshAxes, names
 
 
@@ -60,31 +63,66 @@ def on_mesh(
     Raises:
       ValueError: no mesh, axes that it lacks, sizes that its axes do not divide.
     """
-    mesh = sharding.current_mesh(axes)
-    leaves, treedef = jax.tree.flatten(layer)
 
-    def run(leaves, x, inputs):
-        local = _local(jax.tree.unflatten(treedef, leaves), axes, mesh)
+    def run(local, x, inputs):
         out, extras = body(local, gather_tokens(x, axes), *inputs)
         return sum_over_heads(out, axes), extras
 
+    if not sharding.is_manual(axes):
+        check_rows(x, axes, layer)
+    return spread(
+        layer,
+        run,
+        (x, inputs),
+        axes=axes,
+        in_specs=(axes.residual, input_specs),
+        out_specs=(axes.residual, extra_specs),
+    )
+
+
+def spread(
+    layer: Any,
+    run: Callable[..., Any],
+    arguments: tuple,
+    *,
+    axes: MeshAxes,
+    in_specs: tuple,
+    out_specs: Any,
+) -> Any:
+    """`run(local_layer, *arguments)` on every device; inside a caller's `shard_map`, on this one.
+
+    Args:
+      layer: a module whose parameters have rules.
+      run: what a device does with the ordinary layer of its own heads.
+      arguments: arrays (pytrees, None).
+      axes: names of mesh axes.
+      in_specs, out_specs: how arguments and results lie.
+
+    Raises:
+      ValueError: as `on_mesh`.
+    """
+    mesh = sharding.current_mesh(axes)
+    layer = without_records(layer)
+    leaves, treedef = jax.tree.flatten(layer)
+
+    def on_device(leaves, *arguments):
+        return run(_local(jax.tree.unflatten(treedef, leaves), axes, mesh), *arguments)
+
     if sharding.is_manual(axes):
-        return run(leaves, x, inputs)
-    check_rows(x, axes, layer)
-    specs = sharding.parameter_specs(layer, axes, mesh)
-    in_specs = (specs, axes.residual, input_specs)
-    arguments = laid_out((leaves, x, inputs), in_specs)
-    out_specs = (axes.residual, extra_specs)
-    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs)(*arguments)
+        return on_device(leaves, *arguments)
+    in_specs = (sharding.parameter_specs(layer, axes, mesh), *in_specs)
+    arguments = laid_out((leaves, *arguments), in_specs)
+    return jax.shard_map(on_device, in_specs=in_specs, out_specs=out_specs)(*arguments)
 
 
-def check_rows(x: Array, axes: MeshAxes, layer: Any) -> None:
+def check_rows(x: Array, axes: MeshAxes, layer: Any, *, name: str = "x") -> None:
     """Raises `ValueError` for a batch or length that the mesh does not divide."""
     mesh = sharding.current_mesh(axes)
     rows = sharding.size(axes.batch, mesh)
     if x.shape[0] % rows:
         raise ValueError(
-            f"`x` must have a batch that is a multiple of {rows} (mesh axes {names(axes.batch)}), got B={x.shape[0]}"
+            f"`{name}` must have a batch that is a multiple of {rows} (mesh axes {names(axes.batch)}), got "
+            f"B={x.shape[0]}"
         )
     devices = sharding.size(axes.seq, mesh)
     context = getattr(layer, "context_parallel", None) if axes.seq is not None else None
@@ -93,7 +131,7 @@ def check_rows(x: Array, axes: MeshAxes, layer: Any) -> None:
     for multiple in (chunks, parts):
         if x.shape[1] % multiple:
             raise ValueError(
-                f"`x` must have a length that is a multiple of {multiple} (mesh axes "
+                f"`{name}` must have a length that is a multiple of {multiple} (mesh axes "
                 f"{names(axes.seq) + names(axes.seq_residual)}), got T={x.shape[1]}"
             )
 
@@ -135,11 +173,17 @@ def _local(layer: Any, axes: MeshAxes, mesh: Any) -> Any:
         for dim, spread in enumerate(sharding.gathered_dimensions(name, axes, within)):
             if spread:
                 leaf = lax.all_gather(leaf, spread, axis=dim, tiled=True)
-        if name == "out.bias" and names(axes.heads):  # the sum over devices counts it once
+        is_summed = name in ("out.bias", "out.base.bias")
+        if is_summed and names(axes.heads):  # the sum over devices counts it once
             leaf = jnp.where(lax.axis_index(names(axes.heads)) == 0, leaf, jnp.zeros_like(leaf))
         gathered.append(leaf)
     local = jax.tree.unflatten(treedef, gathered)
     local.axes = None
+    for _, module in nnx.iter_modules(local):
+        for name in ("out", "down"):  # their inputs are what heads split
+            projection = getattr(module, name, None)
+            if isinstance(projection, LoRAProjection):
+                projection.split_over = names(axes.heads)
     if getattr(layer, "context_parallel", None) is not None:
         plan = dataclasses.replace(layer.context_parallel, axis_name=names(axes.seq))
         local.context_parallel = plan if axes.seq is not None else None
@@ -166,15 +210,23 @@ def _take_queries(
     if not within:
         return
     mine, start = config.q_per_kv // shares, lax.axis_index(within) * (config.q_per_kv // shares)
+    has_tail = hasattr(local, "qkv")  # key and value behind the queries
+    projection = local.qkv if has_tail else local.q
 
-    def take(fused: Array, axis: int) -> Array:
+    def take(parameter: Any, axis: int) -> None:
+        if parameter is None:
+            return
+        fused = parameter[...]
         blocks = [
             lax.dynamic_slice_in_dim(fused, first * config.q_per_kv + start, mine, axis)
             for first in range(2 if config.output_gate else 1)
         ]
-        key_value = lax.slice_in_dim(fused, fused.shape[axis] - 2, None, axis=axis)
-        return jnp.concatenate([*blocks, key_value], axis=axis)
+        if has_tail:
+            blocks.append(lax.slice_in_dim(fused, fused.shape[axis] - 2, None, axis=axis))
+        parameter.set_value(jnp.concatenate(blocks, axis=axis))
 
-    local.qkv.kernel.set_value(take(local.qkv.kernel[...], 2))
-    if local.qkv.bias is not None:
-        local.qkv.bias.set_value(take(local.qkv.bias[...], 1))
+    take(projection.kernel, 2)
+    take(projection.bias, 1)
+    if isinstance(projection, LoRAProjection):
+        take(projection.lora_b, 2)
+        take(projection.magnitude, 1)

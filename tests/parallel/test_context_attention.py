@@ -28,6 +28,7 @@ CASES = pairwise(
     extras=[(), ("sinks",), ("cap",), ("sinks", "cap")],
     kind=["auto", "explicit"],
     devices=[2, 4],
+    dropout=[0.0, 0.4],
 )
 
 
@@ -60,6 +61,8 @@ def test_equals_one_device(case):
     options = dict(is_causal=True, sliding_window=window, scale=0.3)
     if "cap" in case["extras"]:
         options["logits_soft_cap"] = 3.0
+    if case["dropout"]:
+        options |= dict(dropout_rate=case["dropout"], dropout_key=jax.random.key(5))
 
     def loss(result, weights, lse_weights):
         seen = jnp.isfinite(result.lse)
@@ -105,9 +108,11 @@ def test_equals_one_device(case):
         ws = [place(put(weights), heads), place(put(lse_weights), heads)]
 
         def local(query, key, value, sinks, positions, ids):
+            first_head = jax.lax.axis_index("tp") * query.shape[2]
             return context_attention_with_lse(
                 query, key, value, context_parallel=context, positions=positions, segment_ids=ids,
-                sinks=sinks if "sinks" in case["extras"] else None, **options,
+                sinks=sinks if "sinks" in case["extras"] else None,
+                dropout_offset=jnp.stack([jnp.zeros_like(first_head), first_head]), **options,
             )  # fmt: skip
 
         sharded = jax.shard_map(

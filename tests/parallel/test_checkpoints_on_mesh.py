@@ -1,0 +1,67 @@
+"""Models are made, loaded and saved in shards, and a Hugging Face folder is the same from any mesh."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from gqa_jax import checkpoint
+from gqa_jax.context_parallel import ContextParallel
+from gqa_jax.sharding import MeshAxes, parameter_specs
+from tests.support.compare import assert_bitwise_equal
+from tests.support.meshes import mesh
+from tests.support.tiny_decoders import REPEATING, build
+
+CONFIG = dataclasses.replace(REPEATING, sliding_window=None, family="qwen3_next")
+MESHES = {
+    "fsdp-tp": (dict(fsdp=4, tp=2), MeshAxes(batch="fsdp", heads="tp", embed="fsdp")),
+    "cp-tk-tr": (
+        dict(cp=2, tk=2, tr=2),
+        MeshAxes(batch="cp", heads=("tk", "tr"), embed="cp"),
+    ),
+}
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", list(MESHES))
+def test_a_folder_loads_into_shards_and_is_saved_from_them(name, scan, tmp_path):
+    sizes, axes = MESHES[name]
+    config = dataclasses.replace(CONFIG, scan_layers=scan)
+    if "tr" in sizes:  # value heads and channels that four devices divide
+        delta = dataclasses.replace(CONFIG.gated_deltanet, num_key_heads=4, num_value_heads=8)
+        config = dataclasses.replace(config, gated_deltanet=delta)
+    decoder = build(config, 3)
+    checkpoint.save_hf(decoder, tmp_path / "one")
+    the_mesh = mesh("auto", **sizes)
+    spread = checkpoint.load_hf(tmp_path / "one", config=config, mesh=the_mesh, axes=axes)
+    assert spread.axes == axes
+    specs = parameter_specs(spread, axes, the_mesh)
+    held = dict.fromkeys(the_mesh.devices.flat, 0)
+    small = 0
+    for a, b, spec in zip(jax.tree.leaves(spread), jax.tree.leaves(decoder), specs, strict=True):
+        assert_bitwise_equal(a, b)
+        assert a.sharding.is_equivalent_to(jax.NamedSharding(the_mesh, spec), a.ndim)
+        small += a.nbytes if a.ndim < 3 + scan and a.size < 200 else 0
+        for shard in a.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder))
+    assert max(held.values()) <= whole / 8 + small + whole / 20, (whole, held)
+
+    checkpoint.save_hf(spread, tmp_path / "again")
+    for file in (tmp_path / "one").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    checkpoint.save_hf(build(CONFIG, 0), tmp_path)
+    axes = MeshAxes(heads="tp")
+    with pytest.raises(ValueError, match="`mesh` must be given with `axes=.*, got None"):
+        checkpoint.load_hf(tmp_path, axes=axes)
+    with pytest.raises(ValueError, match="`heads` must name axes of the mesh {'dp': 2}, got 'tp'"):
+        checkpoint.load_hf(tmp_path, mesh=mesh("auto", dp=2), axes=axes)
+    with pytest.raises(ValueError, match="must be given together"):
+        checkpoint.load_hf(
+            tmp_path, mesh=mesh("auto", tp=2), axes=axes, context_parallel=ContextParallel()
+        )
+    with pytest.raises(ValueError, match="must be a multiple of 3"):
+        checkpoint.load_hf(tmp_path, mesh=mesh("auto", tp=3), axes=axes)
