@@ -105,17 +105,16 @@ def _gradient_forward(plan, order, tokens, initial_state, kept, cotangents):
 
 
 def _gradient_backward(plan, residuals, cotangents_of_gradient):
-    order, tokens, initial_state, kept, cotangents = residuals
+    order, tokens, initial_state, _, cotangents = residuals
 
     def plain(tokens, initial_state, cotangents):
         _, pull = jax.vjp(lambda *given: _chunked(plan, order, *given), tokens, initial_state)
         return pull(cotangents)
 
     _, pull = jax.vjp(plain, tokens, initial_state, cotangents)
-    # `kept` is a function of the inputs, whose cotangents here are already the total ones.
-    d_kept = jax.tree.map(jnp.zeros_like, kept)
     d_tokens, d_initial, d_cotangents = pull(cotangents_of_gradient)
-    return None, d_tokens, d_initial, d_kept, d_cotangents
+    # `kept` is a function of the inputs, whose cotangents here are already the total ones.
+    return None, d_tokens, d_initial, None, d_cotangents
 
 
 _gradient.defvjp(_gradient_forward, _gradient_backward)
