@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 Axis = str | tuple[str, ...] | None
@@ -143,7 +144,7 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     lay_out = lax.with_sharding_constraint
     if mesh.are_all_axes_explicit:
         lay_out = jax.sharding.reshard
-    if not isinstance(x, jax.core.Tracer):  # an array that is not on the mesh yet is no error
+    if not isinstance(x, Tracer):  # an array that is not on the mesh yet is no error
         return jax.jit(lay_out, static_argnums=1)(x, spec)
     return lay_out(x, spec)
 

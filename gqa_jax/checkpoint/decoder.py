@@ -59,6 +59,7 @@ def load_hf(
     )
     graphdef, state = nnx.split(abstract)
     flat = dict(nnx.to_flat_state(state))
+    shapes: dict[Path, tuple[int, ...]] = {leaf: value.shape for leaf, value in flat.items()}
     by_rule = sharding_of_path(mesh, axes) if axes is not None else None
 
     def place(leaf: Path) -> jax.sharding.Sharding | None:
@@ -67,7 +68,7 @@ def load_hf(
             return chosen
         if by_rule is None:
             return jax.NamedSharding(mesh, jax.P())
-        return by_rule(".".join(map(str, leaf)), flat[leaf].shape)
+        return by_rule(".".join(map(str, leaf)), shapes[leaf])
 
     arrays = read_hf(path, config, dtype=dtype, shardings=place)
     if strangers := flat.keys() ^ arrays.keys():

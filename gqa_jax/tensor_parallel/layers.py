@@ -133,7 +133,7 @@ def cross_attention(
 
     rows = jax.P(axes.tokens[0])
     of_memory: Any = rows
-    if dataclasses.is_dataclass(memory):  # projected
+    if not hasattr(memory, "ndim"):  # projected
         by_group = _projected_spec(layer)
         of_memory = dataclasses.replace(memory, key=by_group, value=by_group, segment_ids=rows)
     specs = (of_memory, axes.tokens, axes.tokens, _mask_spec(layer, mask, axes.tokens[1]), jax.P())

@@ -1,14 +1,19 @@
 """Models are made, loaded and saved in shards, and a Hugging Face folder is the same from any mesh."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
+from flax import nnx
 
-from gqa_jax import checkpoint
+from gqa_jax import Decoder, checkpoint
 from gqa_jax.context_parallel import ContextParallel
 from gqa_jax.sharding import MeshAxes, parameter_specs
-from tests.support.compare import assert_bitwise_equal
+from gqa_jax.training import TrainState, train_step
+from tests.support.compare import assert_bitwise_equal, assert_close
 from tests.support.meshes import mesh
 from tests.support.tiny_decoders import REPEATING, build
 
@@ -65,3 +70,31 @@ def test_what_does_not_fit_is_refused(tmp_path):
         )
     with pytest.raises(ValueError, match="must be a multiple of 3"):
         checkpoint.load_hf(tmp_path, mesh=mesh("auto", tp=3), axes=axes)
+
+
+@pytest.mark.usefixtures("loose_promotion")
+def test_a_training_state_is_made_in_its_shards():
+    """Optimizer included; what the recipe needs under context parallelism is asked for."""
+    axes = MeshAxes(batch="fsdp", seq="cp", heads="tp", embed="fsdp")
+    the_mesh, optimizer = mesh("auto", fsdp=2, cp=2, tp=2), optax.adam(1e-2)
+
+    def make(**spread):
+        return Decoder(CONFIG, rngs=nnx.Rngs(0), **spread)
+
+    spread = functools.partial(make, axes=axes, context_parallel=ContextParallel())
+    state = TrainState.create_on_mesh(spread, optimizer, the_mesh)
+    specs = parameter_specs(state, axes, the_mesh)
+    for a, spec in zip(jax.tree.leaves(state), specs, strict=True):
+        assert a.sharding.is_equivalent_to(jax.NamedSharding(the_mesh, spec), a.ndim)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(make()), strict=True):
+        assert_close(a, b, atol=1e-6, what="parameters")
+    with pytest.raises(ValueError, match="`build` must make a decoder with `axes`, got axes=None"):
+        TrainState.create_on_mesh(make, optimizer, the_mesh)
+    tokens = jnp.zeros((2, 8), jnp.int32)
+    with jax.set_mesh(the_mesh):
+        with pytest.raises(ValueError, match="`targets` must be given under context parallelism"):
+            train_step(state, tokens, optimizer=optimizer)
+        with pytest.raises(ValueError, match="`positions` must be None without `targets`"):
+            train_step(state, tokens, optimizer=optimizer, positions=tokens)
+        with pytest.raises(ValueError, match=r"`targets` must have shape \(2, 8\), got \(2, 7\)"):
+            train_step(state, tokens, optimizer=optimizer, targets=tokens[:, 1:])

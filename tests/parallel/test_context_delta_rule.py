@@ -27,7 +27,7 @@ CASES = pairwise(
     11,
     layout=["contiguous", "zigzag"],
     exchange=["all_gather", "prefix_scan", "all_to_all", None],
-    packed=[False, True],
+    packed=[False, True, "padded"],
     initial=[False, True],
     kind=["auto", "explicit"],
     devices=[2, 4],
@@ -59,6 +59,11 @@ def test_equals_one_device(case):
     if case["packed"]:
         cuts = np.sort(rng.integers(0, length, (batch, 4)), axis=1)
         ids = (np.arange(length)[None, None] >= cuts[:, :, None]).sum(1).astype(np.int32)
+    if (
+        case["packed"] == "padded"
+    ):  # whole chunks on both sides of one row, single tokens of the other
+        ids[0, :7], ids[0, -8:] = -1, -2
+        ids[1, rng.random(length) < 0.3] = -1
     weights, state_weights = (
         normal(batch, length, heads, value_dim),
         normal(batch, heads, key_dim, value_dim),
@@ -110,11 +115,12 @@ def test_equals_one_device(case):
     for name, want in expected_grads.items():
         if want is not None:
             got = grads[name] if name == "initial_state" else back(grads[name])
-            assert_close(got, want, atol=3e-5, rtol=3e-5, what=f"gradient of {name}")
+            top = max(1.0, float(jnp.abs(want).max()))
+            assert_close(got, want, atol=1e-5 * top, what=f"gradient of {name}")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, True, "padded"])
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_convolution_reads_across_the_boundary(layout, packed, width):
     rng = np.random.default_rng(width)
@@ -122,6 +128,8 @@ def test_convolution_reads_across_the_boundary(layout, packed, width):
     x = rng.normal(size=(batch, length, features)).astype(np.float32)
     weight = jnp.asarray(rng.normal(size=(width, features)), jnp.float32)
     ids = np.sort(rng.integers(0, 5, (batch, length)), axis=1).astype(np.int32) if packed else None
+    if packed == "padded":
+        ids[0, :9], ids[0, -6:], ids[1, 13:15] = -1, -1, -2
 
     def alone(x, weight):
         out = causal_conv1d(x, weight, activation="silu", segment_ids=ids).out

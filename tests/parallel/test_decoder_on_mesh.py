@@ -21,14 +21,14 @@ from gqa_jax import (
 from gqa_jax import tensor_parallel as tp
 from gqa_jax.context_parallel import ContextParallel, from_layout, to_layout
 from gqa_jax.decoder_layer import Embedding
-from gqa_jax.sharding import MeshAxes, parameter_shardings, shard_parameters
+from gqa_jax.sharding import MeshAxes, parameter_shardings, parameter_specs, shard_parameters
 from tests.support.compare import assert_close, relative_error
 from tests.support.hlo import collectives
 from tests.support.meshes import mesh
 
 CONFIG = DecoderConfig(
     vocab_size=24, model_dim=16, layers=("linear_attention", "full_attention") * 2,
-    attention=AttentionConfig(model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8),
+    attention=AttentionConfig(model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, dropout_rate=0.2),
     gated_deltanet=GatedDeltaNetConfig(
         model_dim=16, num_key_heads=2, num_value_heads=4, key_head_dim=4, value_head_dim=4
     ),
@@ -41,6 +41,16 @@ AXES = MeshAxes(batch="fsdp", seq="cp", heads="tp", embed="fsdp", seq_residual="
 def _like(decoder, other):
     """`decoder` with the parameters of `other`."""
     return jax.tree.unflatten(jax.tree.structure(decoder), jax.tree.leaves(other))
+
+
+def _largest(x) -> float:
+    return max(1e-2, float(np.abs(x).max()))
+
+
+def _tolerance(name: str) -> float:
+    """Of the largest element. In Gated DeltaNet, where a key of four numbers is nearly zero or the terms of the decay's
+    gradient nearly cancel, one device in float32 misses its own float64 result by 1e-4."""
+    return 1e-4 if ".layers[0].mixer." in name else 1e-5
 
 
 @pytest.mark.parametrize("kind, tied", [("auto", False), ("explicit", True)])
@@ -63,8 +73,14 @@ def test_training_loss_and_gradients(kind, tied):
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
     alone = Decoder(config, rngs=nnx.Rngs(0))
 
+    drop = dict(deterministic=False, dropout_key=jax.random.key(3))
+
+    def logits_of(decoder, data):
+        marks = dict(positions=data["positions"], segment_ids=data["segments"])
+        return decoder(data["tokens"], **marks, **drop)
+
     def loss_alone(decoder, data):
-        logits = decoder(data["tokens"], positions=data["positions"], segment_ids=data["segments"])
+        logits = logits_of(decoder, data)
         chosen = jnp.take_along_axis(
             jax.nn.log_softmax(logits), jnp.maximum(data["labels"], 0)[..., None], axis=-1
         )
@@ -80,7 +96,7 @@ def test_training_loss_and_gradients(kind, tied):
     )
 
     def loss_spread(decoder, data):
-        logits = decoder(data["tokens"], positions=data["positions"], segment_ids=data["segments"])
+        logits = logits_of(decoder, data)
         return jnp.sum(tp.cross_entropy(logits, data["labels"], AXES)), logits
 
     with jax.set_mesh(the_mesh):
@@ -100,7 +116,8 @@ def test_training_loss_and_gradients(kind, tied):
         strict=True,
     ):
         name = jax.tree_util.keystr(path)
-        assert relative_error(a, b) < 3e-5, name
+        # Four layers, a mixture among them, pass that noise on to each other.
+        assert_close(a, b, atol=max(5e-5, _tolerance(name)) * _largest(b), what=name)
         assert a.sharding.is_equivalent_to(sharding, a.ndim), name
 
 
@@ -115,16 +132,16 @@ def test_ids_outside_the_vocabulary_are_nan():
     assert np.isnan(np.asarray(x)[0, 2:]).all()
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_decoding_with_ragged_rows(kind):
+@pytest.mark.parametrize("kind, scan", [("auto", False), ("explicit", True)])
+def test_decoding_with_ragged_rows(kind, scan):
     """Heads and slots of the cache are split; prompt in two pieces, then token by token."""
     rng = np.random.default_rng(9)
     config = dataclasses.replace(
         CONFIG,
-        scan_layers=False,
+        scan_layers=scan,
         remat=False,
-        layers=CONFIG.layers[:2],
-        moe_layers=CONFIG.moe_layers[:2],
+        layers=CONFIG.layers[: 4 if scan else 2],
+        moe_layers=CONFIG.moe_layers[: 4 if scan else 2],
     )
     alone = Decoder(config, rngs=nnx.Rngs(0))
     spread = Decoder(config, rngs=nnx.Rngs(0), axes=AXES, context_parallel=ContextParallel())
@@ -132,10 +149,7 @@ def test_decoding_with_ragged_rows(kind):
     cache, step = alone.init_cache(2, 32), jax.jit(lambda d, t, c, n: d.step(t, c, lengths=n))
     with jax.set_mesh(the_mesh):
         spread = shard_parameters(_like(spread, alone), the_mesh, AXES)
-        cache_spread = tuple(
-            tp.shard_cache(c, layer.mixer)
-            for c, layer in zip(spread.init_cache(2, 32), spread.layers, strict=True)
-        )
+        cache_spread = tp.shard_cache(spread.init_cache(2, 32), spread)
     for num_new, lengths in ((12, [12, 7]), (1, [1, 1]), (1, [0, 1])):
         tokens = jnp.asarray(rng.integers(0, 24, (2, num_new)), jnp.int32)
         real = np.arange(num_new)[None] < np.asarray(lengths)[:, None]
@@ -156,7 +170,90 @@ def test_decoding_with_ragged_rows(kind):
             what=f"{num_new} tokens",
         )
     slots = cache_spread[1].key
-    assert slots.sharding.shard_shape(slots.shape) == (1, 1, 16, 8)
+    assert slots.sharding.shard_shape(slots.shape) == (2,) * scan + (1, 1, 16, 8)
+
+
+SMALL = dataclasses.replace(
+    CONFIG, layers=CONFIG.layers[:2], moe=None, moe_layers=None, scan_layers=False, remat=False
+)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_inside_a_shard_map_of_the_user(kind):
+    """A whole decoder, and a layer that knows no mesh, are the part of one device in a caller's `shard_map`."""
+    rng = np.random.default_rng(13)
+    tokens = rng.integers(0, 24, (2, 16)).astype(np.int32)
+    alone = Decoder(SMALL, rngs=nnx.Rngs(0))
+    plan = ContextParallel()
+    spread = _like(Decoder(SMALL, rngs=nnx.Rngs(0), axes=AXES, context_parallel=plan), alone)
+    places = np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16))
+    labels = rng.integers(0, 24, (2, 16)).astype(np.int32)
+
+    def alone_loss(decoder):
+        chosen = jax.nn.log_softmax(decoder(jnp.asarray(tokens)))
+        return -jnp.take_along_axis(chosen, jnp.asarray(labels)[..., None], axis=-1).sum()
+
+    want, want_gradient = jax.jit(jax.value_and_grad(alone_loss))(alone)
+    the_mesh = mesh(kind, fsdp=2, cp=2, tp=2)
+    with jax.set_mesh(the_mesh):
+        spread = shard_parameters(spread, the_mesh, AXES)
+        specs = parameter_specs(spread, AXES, the_mesh)
+        treedef = jax.tree.structure(spread)
+
+        def local(leaves, tokens, labels, places):
+            decoder = jax.tree.unflatten(treedef, leaves)
+            logits = decoder(tokens, positions=places)
+            return jax.lax.psum(tp.cross_entropy(logits, labels, AXES).sum(), ("fsdp", "cp"))
+
+        run = jax.shard_map(local, in_specs=(specs, *(AXES.tokens,) * 3), out_specs=jax.P())
+        place = lambda x: jax.device_put(
+            to_layout(x, axis_size=2), NamedSharding(the_mesh, AXES.tokens)
+        )
+        data = [place(x) for x in (tokens, labels, places)]
+        got, gradient = jax.jit(jax.value_and_grad(run))(jax.tree.leaves(spread), *data)
+    assert_close(got, want, atol=1e-5, rtol=1e-5, what="loss")
+    for (path, b), a in zip(
+        jax.tree_util.tree_leaves_with_path(want_gradient), gradient, strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        assert_close(a, b, atol=_tolerance(name) * _largest(b), what=name)
+
+    layer = SelfAttention(dataclasses.replace(CONFIG.attention, dropout_rate=0.4), rngs=nnx.Rngs(1))
+    x = rng.normal(size=(8, 6, 16)).astype(np.float32)
+    drop = dict(deterministic=False, dropout_key=jax.random.key(3))
+    the_mesh = mesh(kind, dp=4)
+    with jax.set_mesh(the_mesh):
+
+        def rows(layer, x):
+            first = jax.lax.axis_index("dp") * x.shape[0]
+            return layer(x, dropout_offset=jnp.stack([first, jnp.zeros_like(first)]), **drop)
+
+        out = jax.jit(jax.shard_map(rows, in_specs=(jax.P(), jax.P("dp")), out_specs=jax.P("dp")))
+        got = out(layer, jax.device_put(x, NamedSharding(the_mesh, jax.P("dp"))))
+    assert_close(got, layer(jnp.asarray(x), **drop), atol=1e-5, what="a layer without axes")
+
+
+def test_bfloat16_is_no_worse_than_on_one_device():
+    """Errors against float32 of the same parameters; partial sums of bfloat16 are what a mesh adds."""
+    rng = np.random.default_rng(17)
+    tokens = rng.integers(0, 24, (2, 32)).astype(np.int32)
+    narrow = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype),
+        Decoder(SMALL, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16),
+    )
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+    spread = Decoder(
+        SMALL, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16, axes=AXES, context_parallel=ContextParallel(mode="ring")
+    )  # fmt: skip
+    the_mesh = mesh("auto", fsdp=2, cp=2, tp=2)
+    run = jax.jit(lambda decoder, tokens: decoder(tokens))
+    truth, alone = run(wide, jnp.asarray(tokens)), run(narrow, jnp.asarray(tokens))
+    with jax.set_mesh(the_mesh):
+        spread = shard_parameters(_like(spread, narrow), the_mesh, AXES)
+        rows = NamedSharding(the_mesh, AXES.tokens)
+        got = run(spread, jax.device_put(to_layout(tokens, axis_size=2), rows))
+    got = from_layout(np.asarray(got), axis_size=2)
+    assert relative_error(got, truth) <= 1.1 * relative_error(alone, truth)
 
 
 def test_a_step_moves_little_and_writes_in_place():
