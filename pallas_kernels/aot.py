@@ -220,7 +220,7 @@ def compile_only(
     start = time.perf_counter()
     kind = capability(mesh.devices.flat[0].device_kind)
     one_device = contextlib.nullcontext()
-    if mesh.size == 1:
+    if mesh.size == 1 and jax.sharding.get_abstract_mesh().empty:
         # Triton asks what it compiles for; without axes, nothing else changes.
         one_device = jax.sharding.use_abstract_mesh(
             AbstractMesh((), (), abstract_device=mesh.abstract_mesh.abstract_device)

@@ -131,8 +131,10 @@ def test_operations_of_a_model_by_hand():
 
 def test_rates_are_those_of_the_target_file():
     assert rates("h200") == Rates(989.4e12, 4.8e12, 450e9, 50e9, 150e9)
-    with pytest.raises(ValueError, match="`target` must be one of b200, h100, h200, got 'a100'"):
-        rates("a100")
+    with pytest.raises(
+        ValueError, match="`target` must be one of a100, b200, h100, h200, got 'v100'"
+    ):
+        rates("v100")
 
 
 def test_what_a_mesh_cannot_do_is_refused_in_the_words_of_the_layers():
@@ -179,6 +181,13 @@ def test_a_decode_step_on_eight_gpus(explicit):
     assert made.fits
     assert made.bound[1] == max(made.floors.values()) > 0
     assert json.loads(json.dumps(made.as_json()))["peak_bytes"] == made.peak_bytes
+
+
+def test_one_gpu_sends_nothing():
+    require()
+    made = plan(TINY, mesh={"tp": 1}, length=256, batch=1, decode=True)
+    assert made.devices == 1
+    assert not made.traffic
 
 
 def test_the_command_prints_a_plan_or_says_why_not(capsys, tmp_path):
