@@ -111,24 +111,21 @@ class Shapes:
 # --- what the kernels share ------------------------------------------------------------------------------------------
 
 
-def across(row, shape: tuple[int, int] = SQUARE):
-    """A value per row, repeated over the columns."""
-    return lax.broadcast_in_dim(row, shape, [0])
-
-
-def down(column, shape: tuple[int, int] = SQUARE):
-    """A value per column, repeated over the rows."""
-    return lax.broadcast_in_dim(column, shape, [1])
+# The casts below tell the compiler what it would find out, by a search that takes minutes or gives up.
 
 
 def by_row(table, row: int):
     """One row of a chunk's table, where tokens are rows."""
-    return across(plgpu.load(table.at[row], layout=PER_ROW))
+    values = plgpu.load(table.at[row], layout=PER_ROW)
+    return plgpu.layout_cast(lax.broadcast_in_dim(values, SQUARE, [0]), MATRIX)
 
 
 def by_column(table, row: int):
     """One row of a chunk's table, where tokens are columns."""
-    return down(plgpu.load(table.at[row], layout=PER_COLUMN))
+    # The compiler would merge two loads of one row into one, which then would need two layouts.
+    (again,) = _mosaic_gpu.opaque(jnp.int32(row))
+    values = plgpu.load(table.at[again], layout=PER_COLUMN)
+    return plgpu.layout_cast(lax.broadcast_in_dim(values, SQUARE, [1]), MATRIX)
 
 
 def places():
@@ -173,7 +170,8 @@ class Chain(NamedTuple):
     tokens: Any  # the value going forwards, dO going backwards
     inverse: Any
     tables: Any
-    edge: Any  # [z, Hv, Dv, Dk] float32: the start state going forwards, the cotangent of the last going backwards
+    edge: Any  # [rows, Hv, Dv, Dk] float32: the start state, or going backwards the cotangent of the last
+    spans: Any  # int32 [rows, 3]: the row of tokens, first chunk and number of chunks of each state
     states: Any  # written
     end: Any  # written going backwards, else None
 
@@ -185,10 +183,20 @@ class Chain(NamedTuple):
 class Place(NamedTuple):
     """Where a block of a chain stands."""
 
-    row: Any
+    state: Any  # row of the states
+    row: Any  # of the tokens
+    first: Any  # chunk
+    steps: Any
     head: Any
     key_head: Any
     column: Any  # first value column
+
+
+def locate(shapes: Shapes, chain: Chain) -> Place:
+    head, state = lax.axis_index("heads"), lax.axis_index("row")
+    row, first, steps = (chain.spans[state, i] for i in range(3))
+    column = lax.axis_index("columns") * (shapes.chain_owners * COLUMNS)
+    return Place(state, row, first, steps, head, lax.div(head, shapes.group), column)
 
 
 def chain_scratch(shapes: Shapes, backwards: bool) -> dict[str, Any]:
@@ -211,13 +219,13 @@ def chain_scratch(shapes: Shapes, backwards: bool) -> dict[str, Any]:
     return spec
 
 
-def chunk_of(shapes: Shapes, chain: Chain, step):
-    return shapes.chunks - 1 - step if chain.backwards else step
+def chunk_of(chain: Chain, place: Place, step):
+    return place.first + (place.steps - 1 - step if chain.backwards else step)
 
 
 def fetch(shapes: Shapes, chain: Chain, s, place: Place, step, slot) -> None:
     """Brings everything of one chunk."""
-    chunk, ready = chunk_of(shapes, chain, step), s.ready.at[slot]
+    chunk, ready = chunk_of(chain, place, step), s.ready.at[slot]
     tokens = pl.ds(chunk * CHUNK, CHUNK)
     of_key = (place.row, tokens, place.key_head)
     plgpu.copy_gmem_to_smem(chain.key.at[of_key], s.keys.at[slot], ready)
@@ -234,11 +242,11 @@ def fetch(shapes: Shapes, chain: Chain, s, place: Place, step, slot) -> None:
 
 def feeding_role(shapes: Shapes, chain: Chain, s, place: Place) -> None:
     """Feeds chunks, `stages` ahead; going backwards also makes P, one chunk ahead."""
-    stages, steps = shapes.config.stages, shapes.chunks
+    stages, steps = shapes.config.stages, place.steps
     if shapes.chain_owners > 1:
         plgpu.set_max_registers(shapes.config.memory_registers, action="decrease")
 
-    @pl.loop(0, min(stages, steps))
+    @pl.loop(0, lax.min(stages, steps))
     def _(step):
         fetch(shapes, chain, s, place, step, step)
 
@@ -265,7 +273,9 @@ def feeding_role(shapes: Shapes, chain: Chain, s, place: Place) -> None:
 
     if _mosaic_gpu.interpreting():
         # The interpreter insists that every completed phase of a barrier is observed; the hardware does not care.
-        plgpu.barrier_wait(s.free.at[(steps - 1) % stages])
+        @pl.when(steps >= 1)
+        def _():
+            plgpu.barrier_wait(s.free.at[lax.rem(steps - 1, stages)])
 
 
 def turned(tile):
@@ -312,8 +322,8 @@ def chain_role(shapes: Shapes, chain: Chain, s, place: Place, wg) -> None:
     if shapes.chain_owners > 1:
         plgpu.set_max_registers(shapes.config.compute_registers, action="increase")
     columns = pl.ds(place.column + wg * COLUMNS, COLUMNS)
-    edge = chain.edge.at[place.row, place.head, columns]
-    state = plgpu.load(edge, layout=MATRIX, optimized=False)
+    edge = (place.state, place.head, columns)
+    state = plgpu.load(chain.edge.at[edge], layout=MATRIX, optimized=False)
     move = retreated if chain.backwards else replayed
 
     def body(step, state):
@@ -323,7 +333,7 @@ def chain_role(shapes: Shapes, chain: Chain, s, place: Place, wg) -> None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         s.staged.at[me][...] = rounded
         plgpu.commit_smem()
-        chunk = chunk_of(shapes, chain, step)
+        chunk = chunk_of(chain, place, step)
         box = chain.states.at[place.row, place.head, chunk, columns]
         plgpu.copy_smem_to_gmem(s.staged.at[me], box)
         plgpu.barrier_wait(s.ready.at[slot])
@@ -333,9 +343,9 @@ def chain_role(shapes: Shapes, chain: Chain, s, place: Place, wg) -> None:
         plgpu.barrier_arrive(s.free.at[slot])
         return state
 
-    state = lax.fori_loop(0, shapes.chunks, body, state)
+    state = lax.fori_loop(0, place.steps, body, state)
     if chain.backwards:
-        chain.end.at[place.row, place.head, columns][...] = state
+        chain.end.at[edge][...] = state
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -345,16 +355,12 @@ def run_chain(shapes: Shapes, name: str, arrays: dict[str, jax.Array]):
     like = (shapes.rows, shapes.value_heads, shapes.chunks, shapes.value_dim, shapes.key_dim)
     out_type: Any = {"states": jax.ShapeDtypeStruct(like, shapes.dtype)}
     if backwards:
-        out_type["end"] = jax.ShapeDtypeStruct(like[:2] + like[3:], jnp.float32)
+        out_type["end"] = jax.ShapeDtypeStruct(arrays["edge"].shape, jnp.float32)
 
     def kernel(*refs, **scratch):
         named = dict(zip([*arrays, *out_type], refs, strict=True))
         chain = Chain(**{field: named.get(field) for field in Chain._fields})
-        head = lax.axis_index("heads")
-        place = Place(
-            lax.axis_index("row"), head, lax.div(head, shapes.group),
-            lax.axis_index("columns") * (owners * COLUMNS),
-        )  # fmt: skip
+        place = locate(shapes, chain)
         s, wg = _mosaic_gpu.Scratch(scratch), lax.axis_index("warpgroup")
         pl.when(wg < owners)(lambda: chain_role(shapes, chain, s, place, wg))
         pl.when(wg == owners)(lambda: feeding_role(shapes, chain, s, place))
@@ -363,7 +369,7 @@ def run_chain(shapes: Shapes, name: str, arrays: dict[str, jax.Array]):
         kernel,
         out_type=tuple(out_type.values()),
         scratch_types=chain_scratch(shapes, backwards),
-        grid=(shapes.value_heads, shapes.owners // owners, shapes.rows),
+        grid=(shapes.value_heads, shapes.owners // owners, arrays["edge"].shape[0]),
         grid_names=("heads", "columns", "row"),
         num_threads=owners + 1,
         thread_name="warpgroup",
@@ -662,11 +668,22 @@ def _shapes(query, value, tables, config: Config, scale: float) -> Shapes:
     )  # fmt: skip
 
 
-def _d_states(shapes: Shapes, query, key, d_out, inverse, tables, d_final):
-    """The cotangents of every chunk's end state (transposed, 16-bit), and of the start state."""
-    edge = jnp.swapaxes(d_final.astype(jnp.float32), -1, -2)
+def _edge(state):
+    return jnp.swapaxes(state.astype(jnp.float32), -1, -2)
+
+
+def _spans(shapes: Shapes, spans):
+    if spans is not None:
+        return spans
+    row = jnp.arange(shapes.rows, dtype=jnp.int32)
+    return jnp.stack([row, jnp.zeros_like(row), jnp.full_like(row, shapes.chunks)], axis=1)
+
+
+def _d_states(shapes: Shapes, query, key, d_out, inverse, tables, d_final, spans):
+    """The cotangents of every chunk's end state (transposed, 16-bit), and of the start states."""
     arrays = {
-        "query": query, "key": key, "tokens": d_out, "inverse": inverse, "tables": tables, "edge": edge,
+        "query": query, "key": key, "tokens": d_out, "inverse": inverse, "tables": tables,
+        "edge": _edge(d_final), "spans": spans,
     }  # fmt: skip
     d_states, d_start = run_chain(shapes, "delta_rule_d_states", arrays)
     return d_states, jnp.swapaxes(d_start, -1, -2)
@@ -678,12 +695,13 @@ def retreat(
 ) -> jax.Array:  # fmt: skip
     """The cotangent of the start state `[z, Hv, Dk, Dv]` float32 alone; arguments as in `backward`."""
     shapes = _shapes(query, d_out, tables, config, scale)
-    return _d_states(shapes, query, key, d_out, inverse, stacked(tables), d_final)[1]
+    table, spans = stacked(tables), _spans(shapes, None)
+    return _d_states(shapes, query, key, d_out, inverse, table, d_final, spans)[1]
 
 
 def backward(
     query: jax.Array, key: jax.Array, value: jax.Array, *, config: Config, scale: float, tables, inverse: jax.Array,
-    start_state: jax.Array, d_out: jax.Array, d_final: jax.Array,
+    start_state: jax.Array, d_out: jax.Array, d_final: jax.Array, spans: jax.Array | None = None,
 ) -> Gradients:  # fmt: skip
     """Gradients of rows of whole chunks; tokens that do not exist are zero, their g and beta too.
 
@@ -691,15 +709,19 @@ def backward(
       query, key, value: `[z, N 64, Hk, Dk]` twice and `[z, N 64, Hv, Dv]`, bfloat16 or float16; Dk 64 or 128, Dv too.
       tables: the gates, as `order.tables` makes them.
       inverse: T, `[z, Hv, N, 64, 64]` in the operands' dtype, beta not folded in.
-      start_state: `[z, Hv, Dk, Dv]` float32.
-      d_out, d_final: cotangents of the output `[z, N 64, Hv, Dv]` (operands' dtype) and of the last state (float32).
+      start_state: `[rows, Hv, Dk, Dv]` float32.
+      d_out, d_final: cotangents of the output `[z, N 64, Hv, Dv]` (operands' dtype) and of the last states (float32).
+      spans: int32 `[rows, 3]`, the row of tokens, first chunk and number of chunks of each state, disjoint; None where
+        state z walks all of row z. Gradients of chunks that no span holds are undefined.
     """
     shapes = _shapes(query, value, tables, config, scale)
-    table = stacked(tables)
-    edge = jnp.swapaxes(start_state.astype(jnp.float32), -1, -2)
-    replay = {"key": key, "tokens": value, "inverse": inverse, "tables": table, "edge": edge}
+    table, spans = stacked(tables), _spans(shapes, spans)
+    replay = {
+        "key": key, "tokens": value, "inverse": inverse, "tables": table, "edge": _edge(start_state),
+        "spans": spans,
+    }  # fmt: skip
     (states,) = run_chain(shapes, "delta_rule_states", replay)
-    d_states, d_start = _d_states(shapes, query, key, d_out, inverse, table, d_final)
+    d_states, d_start = _d_states(shapes, query, key, d_out, inverse, table, d_final, spans)
     arrays = {
         "query": query, "key": key, "value": value, "d_out": d_out, "inverse": inverse, "tables": table,
         "states": states, "d_states": d_states,
