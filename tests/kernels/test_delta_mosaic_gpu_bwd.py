@@ -130,7 +130,11 @@ def check(case, dtype=jnp.bfloat16, config=DEFAULT, *, slack: float = 1.0):
     ],
 )
 def test_against_the_recurrence(batch, length, heads, key_dim, value_dim, dtype):
-    check(delta_cases.random_case(length, batch, length, *heads, key_dim, value_dim), dtype)
+    key_heads, value_heads = heads
+    check(
+        delta_cases.random_case(length, batch, length, key_heads, value_heads, key_dim, value_dim),
+        dtype,
+    )
 
 
 def test_against_the_algebra():
