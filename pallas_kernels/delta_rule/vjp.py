@@ -60,10 +60,7 @@ _chunked.defvjp(_forward, _backward)
 def mosaic_gpu(
     plan: orders.Plan, tokens: orders.Tokens, initial_state, *, segment_ids, cu_seqlens
 ) -> tuple[jax.Array, jax.Array]:
-    """As `gated_delta_rule`, the forward by the Hopper kernels.
-
-    The backward is that of the chunk form in XLA, from the T that the kernels made; its own derivative recomputes.
-    """
+    """As `gated_delta_rule`, forward and backward by the Hopper kernels; a second derivative recomputes in XLA."""
     order = _order(plan, segment_ids, cu_seqlens)
     result: Any = _kernels(plan, order, tokens, initial_state)
     return result[:2]
@@ -92,11 +89,9 @@ _kernels.defvjp(_kernels_forward, _kernels_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gradient(plan, order, tokens, initial_state, kept, cotangents):
-    heads = tokens.key.shape[2]
-    inverse = kept.inverse.astype(initial_state.dtype)
-    inverse = inverse.reshape(inverse.shape[0], heads, -1, *inverse.shape[2:])
-    saved = chunked.Saved(jnp.moveaxis(inverse, 3, 0), kept.start, kept.transition)
-    return chunked.backward(plan, order, tokens, initial_state, saved, *cotangents)
+    from pallas_kernels.delta_rule import mosaic_gpu_lanes_bwd
+
+    return mosaic_gpu_lanes_bwd.backward(plan, order, tokens, initial_state, kept, *cotangents)
 
 
 def _gradient_forward(plan, order, tokens, initial_state, kept, cotangents):

@@ -1,0 +1,351 @@
+"""The two chains of the gated delta rule's backward on Hopper (sm_90a), as Pallas Mosaic GPU kernels.
+
+`states` walks the chunks of a row forwards and writes the state at the start of each (`algebra.advance`); `d_states`
+walks backwards and writes the cotangent of the state at the end of each, and of the first state (`algebra.retreat`):
+
+    N = T beta (V - since K S)               S <- whole S + K^T (until N)
+    dN = until K D + P^T dO                  D <- whole D + Q^T (scale since dO) - K^T (since beta T^T dN)
+
+A warpgroup owns 64 value columns of one head and needs nobody else. It keeps its state transposed, `[64, Dk]`, in
+float32 registers, so that the left operands of the three dependent products of a chunk come from registers too. A last
+warpgroup feeds chunks by TMA and, going backwards, makes P = scale Gamma Q K^T one chunk ahead.
+
+Units, precision: as in `mosaic_gpu_bwd`. Layout: `Chain`; states are written as `[z, Hv, N, Dv, Dk]` in 16 bits.
+Shared memory at Dk = Dv = 128, 3 chunks in flight: 157 KiB forwards, 221 KiB backwards.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _mosaic_gpu
+from pallas_kernels._mosaic_gpu import ROWS
+from pallas_kernels.delta_rule import order
+from pallas_kernels.delta_rule.mosaic_gpu_chunk import (
+    MATRIX,
+    PER_COLUMN,
+    PER_ROW,
+    SQUARE,
+    TRANSPOSED,
+    gated,
+    product,
+)  # fmt: skip
+from pallas_kernels.delta_rule.mosaic_gpu_tuning import CHUNK
+
+# Value columns of a warpgroup: the rows of a wgmma.
+COLUMNS = ROWS
+# Rows of `order.stacked` that the backward reads: all up to here.
+TABLE_ROWS = order.SINCE + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the backward kernels are tiled.
+
+    Attributes:
+      chain_owners: warpgroups of a block of the two chains, 64 value columns each: 1 spreads a head over more blocks.
+      stages: chunks in flight in the chains.
+      compute_registers, memory_registers: per thread, after `setmaxnreg`, in blocks of two compute warpgroups.
+    """
+
+    chain_owners: int = 2
+    stages: int = 3
+    compute_registers: int = 208
+    memory_registers: int = 88
+
+
+def default_config(blocks: int) -> Config:
+    """The configuration used when none is given, for so many rows times value heads."""
+    # 132 SMs: with fewer than 66 heads, two blocks per head finish sooner than one.
+    return Config(chain_owners=1 if blocks <= 66 else 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Everything static about the kernels."""
+
+    rows: int
+    chunks: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: Any
+    scale: float
+    segments: bool
+    config: Config
+
+    @property
+    def group(self) -> int:
+        return self.value_heads // self.key_heads
+
+    @property
+    def owners(self) -> int:
+        """Warpgroups of a block of `gradients`."""
+        return self.value_dim // COLUMNS
+
+    @property
+    def chain_owners(self) -> int:
+        return min(self.config.chain_owners, self.owners)
+
+
+# --- what the kernels share ------------------------------------------------------------------------------------------
+
+
+# The casts below tell the compiler what it would find out, by a search that takes minutes or gives up.
+
+
+def by_row(table, row: int):
+    """One row of a chunk's table, where tokens are rows."""
+    values = plgpu.load(table.at[row], layout=PER_ROW)
+    return plgpu.layout_cast(lax.broadcast_in_dim(values, SQUARE, [0]), MATRIX)
+
+
+def by_column(table, row: int):
+    """One row of a chunk's table, where tokens are columns."""
+    values = plgpu.load(table.at[row], layout=PER_COLUMN)
+    return plgpu.layout_cast(lax.broadcast_in_dim(values, SQUARE, [1]), MATRIX)
+
+
+def places():
+    """Row and column of every entry."""
+    row, column = (
+        plgpu.broadcasted_iota(jnp.int32, SQUARE, axis, layout=MATRIX) for axis in (0, 1)
+    )
+    # Else masks are made once before a loop and kept in registers throughout.
+    (nothing,) = _mosaic_gpu.opaque(jnp.int32(0))
+    return row, column + nothing
+
+
+def decayed_scores(shapes: Shapes, queries, keys, table):
+    """P of one chunk, in the operands' dtype."""
+    scores = product(queries, keys.T)
+    row, column = places()
+    return (shapes.scale * gated(table, row >= column, shapes.segments) * scores).astype(
+        shapes.dtype
+    )
+
+
+# --- the chains ------------------------------------------------------------------------------------------------------
+
+
+class Chain(NamedTuple):
+    """References of one chain: what it reads and writes in device memory."""
+
+    query: Any  # None going forwards
+    key: Any
+    tokens: Any  # the value going forwards, dO going backwards
+    inverse: Any
+    tables: Any
+    edge: Any  # [rows, Hv, Dv, Dk] float32: the start state, or going backwards the cotangent of the last
+    spans: Any  # int32 [rows, 3]: the row of tokens, first chunk and number of chunks of each state
+    states: Any  # written
+    end: Any  # written going backwards, else None
+
+    @property
+    def backwards(self) -> bool:
+        return self.query is not None
+
+
+class Place(NamedTuple):
+    """Where a block of a chain stands."""
+
+    state: Any  # row of the states
+    row: Any  # of the tokens
+    first: Any  # chunk
+    steps: Any
+    head: Any
+    key_head: Any
+    column: Any  # first value column
+
+
+def locate(shapes: Shapes, chain: Chain) -> Place:
+    head, state = lax.axis_index("heads"), lax.axis_index("row")
+    row, first, steps = (chain.spans[state, i] for i in range(3))
+    column = lax.axis_index("columns") * (shapes.chain_owners * COLUMNS)
+    return Place(state, row, first, steps, head, lax.div(head, shapes.group), column)
+
+
+def chain_scratch(shapes: Shapes, backwards: bool) -> dict[str, Any]:
+    """Shared memory and barriers of a block of a chain."""
+    stages, owners, dtype = shapes.config.stages, shapes.chain_owners, shapes.dtype
+    ring: dict[str, Any] = {"num_barriers": stages}
+    spec = {
+        "keys": _mosaic_gpu.tile((stages, CHUNK, shapes.key_dim), dtype),
+        "tokens": _mosaic_gpu.tile((stages, owners, CHUNK, COLUMNS), dtype),
+        "inverse": _mosaic_gpu.tile((stages, *SQUARE), dtype),
+        "tables": plgpu.SMEM((stages, TABLE_ROWS, CHUNK), jnp.float32),
+        "staged": _mosaic_gpu.tile((owners, COLUMNS, shapes.key_dim), dtype),
+        "ready": plgpu.Barrier(num_arrivals=3 + owners + (1 if backwards else 0), **ring),
+        "free": plgpu.Barrier(num_arrivals=owners, **ring),
+    }
+    if backwards:
+        spec["queries"] = _mosaic_gpu.tile((stages, CHUNK, shapes.key_dim), dtype)
+        spec["inside"] = _mosaic_gpu.tile((2, *SQUARE), dtype)
+        spec["inside_ready"] = plgpu.Barrier(num_barriers=2)
+    return spec
+
+
+def chunk_of(chain: Chain, place: Place, step):
+    return place.first + (place.steps - 1 - step if chain.backwards else step)
+
+
+def fetch(shapes: Shapes, chain: Chain, s, place: Place, step, slot) -> None:
+    """Brings everything of one chunk."""
+    chunk, ready = chunk_of(chain, place, step), s.ready.at[slot]
+    tokens = pl.ds(chunk * CHUNK, CHUNK)
+    of_key = (place.row, tokens, place.key_head)
+    plgpu.copy_gmem_to_smem(chain.key.at[of_key], s.keys.at[slot], ready)
+    if chain.backwards:
+        plgpu.copy_gmem_to_smem(chain.query.at[of_key], s.queries.at[slot], ready)
+    for owner in range(shapes.chain_owners):
+        columns = pl.ds(place.column + owner * COLUMNS, COLUMNS)
+        box = chain.tokens.at[place.row, tokens, place.head, columns]
+        plgpu.copy_gmem_to_smem(box, s.tokens.at[slot, owner], ready)
+    of_chunk = (place.row, place.head, chunk)
+    plgpu.copy_gmem_to_smem(chain.inverse.at[of_chunk], s.inverse.at[slot], ready)
+    plgpu.copy_gmem_to_smem(chain.tables.at[of_chunk], s.tables.at[slot], ready)
+
+
+def feeding_role(shapes: Shapes, chain: Chain, s, place: Place) -> None:
+    """Feeds chunks, `stages` ahead; going backwards also makes P, one chunk ahead."""
+    stages, steps = shapes.config.stages, place.steps
+    if shapes.chain_owners > 1:
+        plgpu.set_max_registers(shapes.config.memory_registers, action="decrease")
+
+    @pl.loop(0, lax.min(stages, steps))
+    def _(step):
+        fetch(shapes, chain, s, place, step, step)
+
+    @pl.loop(0, steps)
+    def _(step):
+        slot, before = lax.rem(step, stages), lax.rem(step + (stages - 1), stages)
+        if chain.backwards:
+            plgpu.barrier_wait(s.ready.at[slot])
+            inside = s.inside.at[lax.rem(step, 2)]
+            inside[...] = decayed_scores(
+                shapes, s.queries.at[slot], s.keys.at[slot], s.tables.at[slot]
+            )
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(s.inside_ready.at[lax.rem(step, 2)])
+
+        # Awaited at every step, so that P may replace the one of two chunks ago.
+        @pl.when(step >= 1)
+        def _():
+            plgpu.barrier_wait(s.free.at[before])
+
+        @pl.when((step >= 1) & (step - 1 + stages < steps))
+        def _():
+            fetch(shapes, chain, s, place, step - 1 + stages, before)
+
+    if _mosaic_gpu.interpreting():
+        # The interpreter insists that every completed phase of a barrier is observed; the hardware does not care.
+        @pl.when(steps >= 1)
+        def _():
+            plgpu.barrier_wait(s.free.at[lax.rem(steps - 1, stages)])
+
+
+def turned(tile):
+    """A 16-bit tile `[tokens, columns]` in registers as `[columns, tokens]`, float32."""
+    value = plgpu.layout_cast(plgpu.load(tile.T, layout=TRANSPOSED), MATRIX)
+    return value.astype(jnp.float32)
+
+
+def replayed(shapes: Shapes, s, wg, slot, _, state, rounded):
+    """The state after a chunk (`algebra.advance`)."""
+    table, keys = s.tables.at[slot], s.keys.at[slot]
+    recalled = product(rounded, keys.T)
+    residual = turned(s.tokens.at[slot, wg]) - by_column(table, order.SINCE) * recalled
+    written = (by_column(table, order.BETA) * residual).astype(shapes.dtype)
+    update = product(written, s.inverse.at[slot].T)
+    leaving = (by_column(table, order.UNTIL) * update).astype(shapes.dtype)
+    whole = s.tables[slot, order.SINCE, CHUNK - 1]
+    return _mosaic_gpu.added(lambda a: plgpu.wgmma(a, leaving, keys), whole * state)
+
+
+def retreated(shapes: Shapes, s, wg, slot, step, state, rounded):
+    """The cotangent of the state before a chunk (`algebra.retreat`)."""
+    table, keys, buffer = s.tables.at[slot], s.keys.at[slot], lax.rem(step, 2)
+    echoed = product(rounded, keys.T)
+    plgpu.barrier_wait(s.inside_ready.at[buffer])
+    d_out = s.tokens.at[slot, wg]
+    d_update = _mosaic_gpu.added(
+        lambda a: plgpu.wgmma(a, d_out.T, s.inside.at[buffer]),
+        by_column(table, order.UNTIL) * echoed,
+    )
+    d_write = product(d_update.astype(shapes.dtype), s.inverse.at[slot])
+    since = by_column(table, order.SINCE)
+    reading = (shapes.scale * since * turned(d_out)).astype(shapes.dtype)
+    recalling = (-(since * by_column(table, order.BETA)) * d_write).astype(shapes.dtype)
+
+    def both(accumulator):
+        plgpu.wgmma(accumulator, reading, s.queries.at[slot])
+        plgpu.wgmma(accumulator, recalling, keys)
+
+    return _mosaic_gpu.added(both, s.tables[slot, order.SINCE, CHUNK - 1] * state)
+
+
+def chain_role(shapes: Shapes, chain: Chain, s, place: Place, wg) -> None:
+    """64 value columns of a head, from one end of the row to the other."""
+    if shapes.chain_owners > 1:
+        plgpu.set_max_registers(shapes.config.compute_registers, action="increase")
+    columns = pl.ds(place.column + wg * COLUMNS, COLUMNS)
+    edge = (place.state, place.head, columns)
+    state = plgpu.load(chain.edge.at[edge], layout=MATRIX, optimized=False)
+    move = retreated if chain.backwards else replayed
+
+    def body(step, state):
+        slot = lax.rem(step, shapes.config.stages)
+        (me,) = _mosaic_gpu.opaque(wg)
+        rounded = state.astype(shapes.dtype)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        s.staged.at[me][...] = rounded
+        plgpu.commit_smem()
+        chunk = chunk_of(chain, place, step)
+        box = chain.states.at[place.row, place.head, chunk, columns]
+        plgpu.copy_smem_to_gmem(s.staged.at[me], box)
+        plgpu.barrier_wait(s.ready.at[slot])
+        state = move(shapes, s, me, slot, step, state, rounded)
+        # Tables and tokens were read from the slot: order those reads before TMA fills it again.
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(s.free.at[slot])
+        return state
+
+    state = lax.fori_loop(0, place.steps, body, state)
+    if chain.backwards:
+        chain.end.at[edge][...] = state
+    plgpu.wait_smem_to_gmem(0)
+
+
+def run_chain(shapes: Shapes, name: str, arrays: dict[str, jax.Array]):
+    """`states`, and going backwards `end`."""
+    backwards, owners = "query" in arrays, shapes.chain_owners
+    like = (shapes.rows, shapes.value_heads, shapes.chunks, shapes.value_dim, shapes.key_dim)
+    out_type: Any = {"states": jax.ShapeDtypeStruct(like, shapes.dtype)}
+    if backwards:
+        out_type["end"] = jax.ShapeDtypeStruct(arrays["edge"].shape, jnp.float32)
+
+    def kernel(*refs, **scratch):
+        named = dict(zip([*arrays, *out_type], refs, strict=True))
+        chain = Chain(**{field: named.get(field) for field in Chain._fields})
+        place = locate(shapes, chain)
+        s, wg = _mosaic_gpu.Scratch(scratch), lax.axis_index("warpgroup")
+        pl.when(wg < owners)(lambda: chain_role(shapes, chain, s, place, wg))
+        pl.when(wg == owners)(lambda: feeding_role(shapes, chain, s, place))
+
+    return plgpu.kernel(
+        kernel,
+        out_type=tuple(out_type.values()),
+        scratch_types=chain_scratch(shapes, backwards),
+        grid=(shapes.value_heads, shapes.owners // owners, arrays["edge"].shape[0]),
+        grid_names=("heads", "columns", "row"),
+        num_threads=owners + 1,
+        thread_name="warpgroup",
+        kernel_name=name,
+        **_mosaic_gpu.kernel_options(),
+    )(*arrays.values())

@@ -1,0 +1,351 @@
+"""Everything that one chunk of the gated delta rule leaves to its tokens, as a Pallas Mosaic GPU kernel for Hopper.
+
+`gradients`: a block owns one chunk of one key head, each of its warpgroups 64 value columns of every value head in
+turn. All that it makes is linear in the value columns, so the warpgroups meet once, to add dq and dk; the sums over the
+value heads of a key head stay in registers. The derivation is in `mosaic_gpu_bwd`.
+
+Shared memory at Dk = Dv = 128: 214 KiB. There dq and dk hold 128 registers of each thread, so that about 480 bytes of
+what is made for them are spilled; nothing is serialised.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _mosaic_gpu
+from pallas_kernels.delta_rule import order
+from pallas_kernels.delta_rule.mosaic_gpu_chains import (
+    COLUMNS,
+    TABLE_ROWS,
+    Shapes,
+    by_row,
+    decayed_scores,
+    places,
+)  # fmt: skip
+from pallas_kernels.delta_rule.mosaic_gpu_chunk import (
+    CHUNK,
+    MATRIX,
+    PER_ROW,
+    SQUARE,
+    gated,
+    product,
+)  # fmt: skip
+
+# Rows of `sums`, what comes out per token.
+D_BETA, D_GATE, AT_READER, AT_WRITER, INNER = range(5)
+
+
+class Chunk(NamedTuple):
+    """References of `gradients`: what it reads and writes in device memory."""
+
+    query: Any
+    key: Any
+    value: Any
+    d_out: Any
+    inverse: Any
+    tables: Any
+    states: Any
+    d_states: Any
+    d_query: Any
+    d_key: Any
+    d_value: Any
+    sums: Any  # [z, Hv, N, owners, 5, 64] float32
+
+
+def gradient_scratch(shapes: Shapes) -> dict[str, Any]:
+    """Shared memory and barriers of a block of `gradients`."""
+    owners, dtype = shapes.owners, shapes.dtype
+    of_key, of_value, square = (
+        (CHUNK, shapes.key_dim),
+        (owners, CHUNK, COLUMNS),
+        (owners, *SQUARE),
+    )
+    return {
+        "queries": _mosaic_gpu.tile(of_key, dtype),
+        "keys": _mosaic_gpu.tile(of_key, dtype),
+        "values": _mosaic_gpu.tile(of_value, dtype),
+        "d_outs": _mosaic_gpu.tile(of_value, dtype),
+        "states": _mosaic_gpu.tile((owners, COLUMNS, shapes.key_dim), dtype),
+        "d_states": _mosaic_gpu.tile((owners, COLUMNS, shapes.key_dim), dtype),
+        "inverse": _mosaic_gpu.tile(square, dtype),
+        "tables": plgpu.SMEM((owners, TABLE_ROWS, CHUNK), jnp.float32),
+        "left": _mosaic_gpu.tile(square, dtype),
+        "updates": _mosaic_gpu.tile(of_value, dtype),
+        "right": _mosaic_gpu.tile(square, dtype),
+        "spare": _mosaic_gpu.tile(square, dtype),
+        "sums": plgpu.SMEM((owners, INNER + 1, CHUNK), jnp.float32),
+        "keys_ready": plgpu.Barrier(num_arrivals=2),
+        "ready": plgpu.Barrier(num_arrivals=6, num_barriers=owners),
+        "free": plgpu.Barrier(num_barriers=owners),
+        "met": plgpu.Barrier(num_arrivals=owners),
+    }
+
+
+class Owner:
+    """The tiles of one warpgroup."""
+
+    def __init__(self, s, wg):
+        self.queries, self.keys = s.queries, s.keys
+        for name in (
+            "values", "d_outs", "states", "d_states", "inverse", "tables", "left", "updates", "right", "spare",
+            "sums",
+        ):  # fmt: skip
+            setattr(self, name, getattr(s, name).at[wg])
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+
+def gradient_memory_role(shapes: Shapes, chunk: Chunk, s, row, index, key_head) -> None:
+    """Brings queries and keys, then every value head, to each warpgroup when it is done with the one before."""
+    if shapes.owners > 1:
+        plgpu.set_max_registers(24, action="decrease")
+    tokens = pl.ds(index * CHUNK, CHUNK)
+    of_key = (row, tokens, key_head)
+    plgpu.copy_gmem_to_smem(chunk.query.at[of_key], s.queries, s.keys_ready)
+    plgpu.copy_gmem_to_smem(chunk.key.at[of_key], s.keys, s.keys_ready)
+
+    @pl.loop(0, shapes.group)
+    def _(member):
+        head = key_head * shapes.group + member
+        for owner in range(shapes.owners):
+            ready, columns = s.ready.at[owner], pl.ds(owner * COLUMNS, COLUMNS)
+
+            @pl.when(member >= 1)
+            def _(owner=owner):
+                plgpu.barrier_wait(s.free.at[owner])
+
+            of_value, of_chunk = (row, tokens, head, columns), (row, head, index)
+            for array, target, place in (
+                (chunk.states, s.states, (*of_chunk, columns)),
+                (chunk.value, s.values, of_value),
+                (chunk.inverse, s.inverse, of_chunk),
+                (chunk.tables, s.tables, of_chunk),
+                (chunk.d_states, s.d_states, (*of_chunk, columns)),
+                (chunk.d_out, s.d_outs, of_value),
+            ):
+                plgpu.copy_gmem_to_smem(array.at[place], target.at[owner], ready)
+
+    if _mosaic_gpu.interpreting():
+        for owner in range(shapes.owners):
+            plgpu.barrier_wait(s.free.at[owner])
+
+
+def head_gradients(shapes: Shapes, own: Owner, d_query, d_key, store) -> None:
+    """Adds a value head's part of dq and dk to the accumulators, hands dV to `store`, and fills the sums.
+
+    Half of the registers hold dq and dk: what is needed twice is made twice, or waits in shared memory.
+    """
+    d_write = write_gradients(shapes, own, d_key)
+    recall_gradients(shapes, own, d_write, d_key, store)
+    rounded = d_write.astype(shapes.dtype)
+    inverse_gradients(shapes, own, rounded, d_key)
+    read_gradients(shapes, own, d_query, d_key)
+
+
+def wide(tile):
+    """A 16-bit tile in registers, float32."""
+    return plgpu.load(tile, layout=MATRIX).astype(jnp.float32)
+
+
+def write_gradients(shapes: Shapes, own: Owner, d_key):
+    """The updates N, their use in the chunk's end state, and dR."""
+    table, dtype = own.tables, shapes.dtype
+    own.right[...] = decayed_scores(shapes, own.queries, own.keys, table)
+    recalled = by_row(table, order.SINCE) * product(own.keys, own.states.T)
+    own.left[...] = (by_row(table, order.BETA) * (wide(own.values) - recalled)).astype(dtype)
+    plgpu.commit_smem()
+    update = product(own.inverse, own.left)
+    own.updates[...] = update.astype(dtype)
+    leaving = (by_row(table, order.UNTIL) * update).astype(dtype)
+    plgpu.commit_smem()
+
+    plgpu.wgmma(d_key, leaving, own.d_states)
+    echoed = product(own.keys, own.d_states.T)
+    own.sums.at[AT_WRITER][...] = (leaving.astype(jnp.float32) * echoed).sum(axis=1)
+    d_update = _mosaic_gpu.added(
+        lambda a: plgpu.wgmma(a, own.right.T, own.d_outs), by_row(table, order.UNTIL) * echoed
+    )
+    own.left[...] = d_update.astype(dtype)
+    plgpu.commit_smem()
+    return product(own.inverse.T, own.left)
+
+
+def recall_gradients(shapes: Shapes, own: Owner, d_write, d_key, store) -> None:
+    """dV, and what the recall of the chunk's first state leaves: parts of dk, dbeta and dg."""
+    table, dtype = own.tables, shapes.dtype
+    # Made anew rather than found as value minus residual, which loses its digits where the decay is strong.
+    recalled = by_row(table, order.SINCE) * product(own.keys, own.states.T)
+    own.sums.at[D_BETA][...] = (d_write * (wide(own.values) - recalled)).sum(axis=1)
+    d_residual = by_row(table, order.BETA) * d_write
+    own.sums.at[AT_READER][...] = -(d_residual * recalled).sum(axis=1)
+    own.values[...] = d_residual.astype(dtype)
+    plgpu.commit_smem()
+    store(own.values)
+    plgpu.wgmma(d_key, (-by_row(table, order.SINCE) * d_residual).astype(dtype), own.states)
+
+
+def inverse_gradients(shapes: Shapes, own: Owner, d_write, d_key) -> None:
+    """dL and what it leaves: parts of dk, dbeta and dg. T has been used for the last time: its tile is free."""
+    table, dtype = own.tables, shapes.dtype
+    row, column = places()
+    # From here on -dL, times the decay, then times beta.
+    d_lower = product(d_write, own.updates.T)
+    d_lower = gated(table, row > column, shapes.segments) * d_lower
+    overlap = product(own.keys, own.keys.T)
+    d_beta = plgpu.load(own.sums.at[D_BETA], layout=PER_ROW) - (d_lower * overlap).sum(axis=1)
+    own.sums.at[D_BETA][...] = d_beta
+    d_lower = by_row(table, order.BETA) * d_lower
+    d_overlap = (-d_lower).astype(dtype)
+    own.left[...] = d_overlap
+    split(own.inverse, own.spare, -(d_lower * overlap))
+    plgpu.commit_smem()
+    plgpu.wgmma(d_key, d_overlap, own.keys)
+    plgpu.wgmma(d_key, own.left.T, own.keys)
+    own.sums.at[D_GATE][...] = corner_sum(own.inverse, own.spare)
+
+
+def read_gradients(shapes: Shapes, own: Owner, d_query, d_key) -> None:
+    """What the output's cotangent leaves: dq, and parts of dk and dg."""
+    table, dtype = own.tables, shapes.dtype
+    row, column = places()
+    d_inside = product(own.d_outs, own.updates.T)
+    # Behind this barrier every warp has its products, and the tiles may be written.
+    plgpu.commit_smem()
+    pairs = jnp.where(row > column, d_inside * wide(own.right), 0.0)
+    split(own.inverse, own.spare, pairs)
+    d_scores = (shapes.scale * gated(table, row >= column, shapes.segments) * d_inside).astype(
+        dtype
+    )
+    own.right[...] = d_scores
+    plgpu.commit_smem()
+    plgpu.wgmma(d_query, d_scores, own.keys)
+    plgpu.wgmma(d_key, own.right.T, own.queries)
+    d_gate = plgpu.load(own.sums.at[D_GATE], layout=PER_ROW)
+    own.sums.at[D_GATE][...] = d_gate + corner_sum(own.inverse, own.spare)
+
+    d_carried = shapes.scale * by_row(table, order.SINCE) * wide(own.d_outs)
+    plgpu.wgmma(d_query, d_carried.astype(dtype), own.states)
+    at_reader = (d_carried * product(own.queries, own.states.T)).sum(axis=1)
+    at_reader += plgpu.load(own.sums.at[AT_READER], layout=PER_ROW)
+    own.sums.at[AT_READER][...] = at_reader
+    inner = None
+    for first in range(0, shapes.key_dim, COLUMNS):
+        part = (slice(None), pl.ds(first, COLUMNS))
+        more = (wide(own.states.at[part]) * wide(own.d_states.at[part])).sum(axis=1)
+        inner = more if inner is None else inner + more
+    own.sums.at[INNER][...] = inner
+
+
+def split(high_tile, low_tile, value) -> None:
+    """Stores a float32 matrix as the sum of two 16-bit ones."""
+    high = value.astype(high_tile.dtype)
+    high_tile[...] = high
+    low_tile[...] = (value - high.astype(jnp.float32)).astype(low_tile.dtype)
+
+
+def corner_sum(high_tile, low_tile):
+    """`y[t] = sum_{i >= t > j} pairs[i, j]` of a strictly lower triangular matrix, as `split` left it."""
+    row, column = places()
+    ones = jnp.where(column >= row, 1.0, 0.0).astype(high_tile.dtype)
+
+    def below(accumulator):
+        plgpu.wgmma(accumulator, ones, high_tile)
+        plgpu.wgmma(accumulator, ones, low_tile)
+        return accumulator[...]
+
+    sums = pl.run_scoped(below, _mosaic_gpu.accumulator(*SQUARE))
+    return jnp.where(column < row, sums, 0.0).sum(axis=1)
+
+
+def gradient_role(shapes: Shapes, chunk: Chunk, s, row, index, key_head, wg) -> None:
+    """Every value head of the key head in turn, then dq and dk."""
+    if shapes.owners > 1:
+        plgpu.set_max_registers(240, action="increase")
+    plgpu.barrier_wait(s.keys_ready)
+    tokens, columns = pl.ds(index * CHUNK, CHUNK), pl.ds(wg * COLUMNS, COLUMNS)
+
+    def accumulate(d_query, d_key):
+        def body(member, _):
+            (me,) = _mosaic_gpu.opaque(wg)
+            own, head = Owner(s, me), key_head * shapes.group + member
+            plgpu.barrier_wait(s.ready.at[me])
+
+            def store(tile):
+                plgpu.copy_smem_to_gmem(tile, chunk.d_value.at[row, tokens, head, columns])
+
+            head_gradients(shapes, own, d_query, d_key, store)
+            plgpu.wgmma_wait(0)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(own.sums, chunk.sums.at[row, head, index, me])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(s.free.at[me])
+
+        lax.fori_loop(0, shapes.group, body, None)
+        return d_query[...], d_key[...]
+
+    part = _mosaic_gpu.accumulator(CHUNK, shapes.key_dim)
+    d_query, d_key = pl.run_scoped(accumulate, part, part)
+
+    def write(value, staged, target):
+        staged[...] = value.astype(shapes.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staged, target.at[row, tokens, key_head])
+        plgpu.wait_smem_to_gmem(0)
+
+    if shapes.owners == 1:
+        write(d_query, s.queries, chunk.d_query)
+        write(d_key, s.keys, chunk.d_key)
+        return
+
+    def meet(kept, given, staged, target):
+        """Sums of two 16-bit numbers cross shared memory: more digits than the result has."""
+        high = given.astype(shapes.dtype)
+        s.states.at[wg][...] = high
+        s.d_states.at[wg][...] = (given - high.astype(jnp.float32)).astype(shapes.dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(s.met)
+        plgpu.barrier_wait(s.met)
+        for part in (s.states, s.d_states):
+            kept += plgpu.load(part.at[1 - wg], layout=MATRIX).astype(jnp.float32)
+        write(kept, staged, target)
+
+    pl.when(wg == 0)(lambda: meet(d_query, d_key, s.queries, chunk.d_query))
+    pl.when(wg == 1)(lambda: meet(d_key, d_query, s.keys, chunk.d_key))
+
+
+def run_gradients(shapes: Shapes, arrays: dict[str, jax.Array]):
+    """`(dq, dk, dV, sums)`."""
+    struct, dtype = jax.ShapeDtypeStruct, shapes.dtype
+    of_chunk = (shapes.rows, shapes.value_heads, shapes.chunks)
+    out_type = (
+        struct(arrays["query"].shape, dtype),
+        struct(arrays["key"].shape, dtype),
+        struct(arrays["value"].shape, dtype),
+        struct((*of_chunk, shapes.owners, INNER + 1, CHUNK), jnp.float32),
+    )
+    names = Chunk._fields[: len(arrays)]
+
+    def kernel(*refs, **scratch):
+        chunk, s = Chunk(*refs), _mosaic_gpu.Scratch(scratch)
+        wg = lax.axis_index("warpgroup")
+        row, index, head = (lax.axis_index(name) for name in ("row", "chunk", "heads"))
+        owners = shapes.owners
+        pl.when(wg < owners)(lambda: gradient_role(shapes, chunk, s, row, index, head, wg))
+        pl.when(wg == owners)(lambda: gradient_memory_role(shapes, chunk, s, row, index, head))
+
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=gradient_scratch(shapes),
+        grid=(shapes.key_heads, shapes.chunks, shapes.rows),
+        grid_names=("heads", "chunk", "row"),
+        num_threads=shapes.owners + 1,
+        thread_name="warpgroup",
+        kernel_name="delta_rule_gradients",
+        **_mosaic_gpu.kernel_options(),
+    )(*(arrays[name] for name in names))
