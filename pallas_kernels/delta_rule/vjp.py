@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.delta_rule import channelwise, chunked
 from pallas_kernels.delta_rule import order as orders
