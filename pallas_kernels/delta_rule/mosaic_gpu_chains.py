@@ -279,7 +279,10 @@ def retreated(shapes: Shapes, s, wg, slot, step, state, rounded):
         by_column(table, order.UNTIL) * echoed,
     )
     d_write = product(d_update.astype(shapes.dtype), s.inverse.at[slot])
-    since = by_column(table, order.SINCE)
+    # In units of the chunk's first decay, the largest: a strong one would leave the range of float16.
+    unit = s.tables[slot, order.SINCE, 0]
+    per_unit = jnp.where(unit > 0.0, 1.0 / unit, 0.0)
+    since = per_unit * by_column(table, order.SINCE)
     reading = (shapes.scale * since * turned(d_out)).astype(shapes.dtype)
     recalling = (-(since * by_column(table, order.BETA)) * d_write).astype(shapes.dtype)
 
@@ -287,7 +290,8 @@ def retreated(shapes: Shapes, s, wg, slot, step, state, rounded):
         plgpu.wgmma(accumulator, reading, s.queries.at[slot])
         plgpu.wgmma(accumulator, recalling, keys)
 
-    return _mosaic_gpu.added(both, s.tables[slot, order.SINCE, CHUNK - 1] * state)
+    whole = s.tables[slot, order.SINCE, CHUNK - 1]
+    return unit * _mosaic_gpu.added(both, (whole * per_unit) * state)
 
 
 def chain_role(shapes: Shapes, chain: Chain, s, place: Place, wg) -> None:
