@@ -89,7 +89,7 @@ def gated_delta_rule(
     | name | runs on | dtypes | backward | vmap | bitwise repeatable |
     |---|---|---|---|---|---|
     | "chunked" | XLA, any device | bf16, fp16, fp32, fp64 | by hand, reverse mode, any order | yes | yes |
-    | "mosaic_gpu" | H100, H200; Dk, Dv <= 128 | bf16, fp16 | in XLA, from the T of the kernels; any order | yes | yes |
+    | "mosaic_gpu" | H100, H200; Dk, Dv <= 128 | bf16, fp16 | by kernels; further orders in XLA | yes | yes |
     | "reference" | XLA, any device | bf16, fp16, fp32, fp64 | automatic, forward and reverse | yes | yes |
 
     With a decay per key channel the backward of one chunk is automatic, the scan over chunks still by hand.
