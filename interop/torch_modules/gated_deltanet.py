@@ -42,6 +42,7 @@ class GatedDeltaNet(JaxBacked):
 
     _mix: Callable
     _step: Callable
+    _step_jit: Callable
 
     def __init__(
         self,
@@ -89,7 +90,9 @@ class GatedDeltaNet(JaxBacked):
         self.bind()
 
     def _bind(self) -> dict[str, Callable]:
-        return {"_mix": _mix(self.config), "_step": _step(self.config)}
+        return {
+            "_mix": _mix(self.config), "_step": _step(self.config), "_step_jit": _step_jit(self.config),
+        }  # fmt: skip
 
     def forward(self, x: Tensor, *, segment_ids: Tensor | None = None) -> Tensor:
         """The layer over whole rows, each from an empty state.
@@ -132,7 +135,7 @@ class GatedDeltaNet(JaxBacked):
         check_room(cache, x.shape[1], lengths)
         options = dict(lengths=None if lengths is None else lengths.to(torch.int32))
         if isinstance(cache, JaxCache):
-            out = step_in_place(_step_jit(self.config), self._project(x), cache, **options)
+            out = step_in_place(self._step_jit, self._project(x), cache, **options)
         else:
             out, cache = self._step(self._project(x), cache, **options)
         return self.out_proj(out), cache

@@ -53,6 +53,7 @@ class SelfAttention(JaxBacked):
 
     _attend: Callable
     _step: Callable
+    _step_jit: Callable
     k_proj: torch.nn.Linear
     o_proj: torch.nn.Linear
 
@@ -69,7 +70,9 @@ class SelfAttention(JaxBacked):
         self.bind()
 
     def _bind(self) -> dict[str, Callable]:
-        return {"_attend": _attend(self.config), "_step": _step(self.config)}
+        return {
+            "_attend": _attend(self.config), "_step": _step(self.config), "_step_jit": _step_jit(self.config),
+        }  # fmt: skip
 
     def forward(
         self,
@@ -157,7 +160,7 @@ class SelfAttention(JaxBacked):
         check_room(cache, x.shape[1], lengths)
         options = dict(lengths=_int32(lengths), positions=_int32(positions))
         if isinstance(cache, JaxCache):
-            out = step_in_place(_step_jit(self.config), project(self, x, x), cache, **options)
+            out = step_in_place(self._step_jit, project(self, x, x), cache, **options)
         else:
             out, cache = self._step(project(self, x, x), cache, **options)
         return self.o_proj(out), cache

@@ -281,7 +281,8 @@ def retreated(shapes: Shapes, s, wg, slot, step, state, rounded):
     d_write = product(d_update.astype(shapes.dtype), s.inverse.at[slot])
     # In units of the chunk's first decay, the largest: a strong one would leave the range of float16.
     unit = s.tables[slot, order.SINCE, 0]
-    per_unit = jnp.where(unit > 0.0, 1.0 / unit, 0.0)
+    # Below that the quotient would be infinite; what is left of the state then is zero.
+    per_unit = jnp.where(unit > 1e-37, 1.0 / unit, 0.0)
     since = per_unit * by_column(table, order.SINCE)
     reading = (shapes.scale * since * turned(d_out)).astype(shapes.dtype)
     recalling = (-(since * by_column(table, order.BETA)) * d_write).astype(shapes.dtype)

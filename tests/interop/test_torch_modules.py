@@ -204,6 +204,21 @@ def test_steps_compile_whole(name):
         assert_close(mine, its, atol=1e-5)
 
 
+def test_a_compiled_step_cannot_take_a_jax_cache_whole():
+    torch._dynamo.reset()
+    layer = layers()["attention"]
+    x = hidden(3)
+    with torch.no_grad():
+        expected = layer(x)
+        whole = torch.compile(layer.step, backend="eager", fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"init_cache\(owner='torch'\)"):
+            whole(x, layer.init_cache(2, 8, owner="jax"))
+        broken = torch.compile(layer.step, backend="eager")
+        out, cache = broken(x, layer.init_cache(2, 8, owner="jax"))
+        assert isinstance(cache, interop.JaxCache)
+    assert_close(out, expected, atol=1e-5)
+
+
 def test_a_jax_cache_is_changed_in_place_and_has_no_gradients():
     layer = layers()["attention"]
     x = hidden(3)
@@ -375,7 +390,6 @@ class Tower(nnx.Module):
         return self.dropout(self.norm(x)) * scale
 
 
-@pytest.mark.usefixtures("loose_promotion")
 def test_nnx_modules_with_state():
     module = interop.NNXModule(Tower, static_argnames=("scale",))
     names = {name for name, _ in module.named_parameters()}

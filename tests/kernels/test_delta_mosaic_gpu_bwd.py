@@ -178,6 +178,17 @@ def test_nasty_inputs(name):
     )
 
 
+def test_a_chunk_whose_first_gate_is_beyond_float32():
+    """e^-90 is a subnormal number: its inverse is infinite, its gradient zero, and nothing may be NaN."""
+    case = delta_cases.random_case(8, 1, 128, 1, 2, 64, 64)
+    g = case.g.copy()
+    g[:, [0, 64]] = [-90.0, -100.0]
+    found = run(rounded(dataclasses.replace(case, g=g), jnp.float16), jnp.float16)
+    for name, x in zip(FIELDS, found, strict=True):
+        assert np.isfinite(np.asarray(x, np.float32)).all(), name
+    assert not np.asarray(found[-1]).any()
+
+
 def test_twice_and_tiled_otherwise_is_bitwise_the_same():
     case = rounded(delta_cases.random_case(7, 1, 192, 1, 2, 64, 128), jnp.bfloat16)
     first = run(case)
