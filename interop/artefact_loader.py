@@ -1,7 +1,7 @@
-"""Loads an exported operator and calls it on torch tensors. Needs torch, jax and flatbuffers, nothing of this project.
+"""Loads an exported operator and calls it on torch tensors. Needs torch, jax and flatbuffers, no more of this project.
 
-`interop.export.export_operator` puts a copy of this file beside every artefact, so that it also works where `gqa_jax`
-is not installed:
+`interop.export.export_operator` puts a copy of this file and of `interop.lending` beside every artefact, so that it
+also works where `gqa_jax` is not installed:
 
     from loader import load
     attention = load(".")
@@ -20,6 +20,8 @@ from typing import Any
 import jax
 import jax.export
 import torch
+
+from interop.lending import lend
 
 FORMAT = 1
 _FIELDS = {"format", "name", "jax", "inputs", "outputs", "vjp_order", "custom_calls", "files"}
@@ -166,4 +168,4 @@ def _to_jax(tensor: torch.Tensor) -> jax.Array:
         tensor = (
             tensor.clone()
         )  # XLA wants this alignment, and torch copies before anyone can write
-    return jax.dlpack.from_dlpack(tensor)
+    return jax.dlpack.from_dlpack(lend(tensor))

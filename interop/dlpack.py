@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from interop.environment import backend_initialised
+from interop.lending import lend
 
 Wide = Literal["error", "cast"]
 
@@ -289,7 +290,7 @@ def _device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 
 
 def _import_public(tensor: torch.Tensor) -> jax.Array:
-    return jax.dlpack.from_dlpack(tensor)
+    return jax.dlpack.from_dlpack(lend(tensor))
 
 
 class Direct(NamedTuple):
@@ -308,7 +309,7 @@ def _find_direct() -> Direct | None:
         into_jax, out_of_torch = _jax.dlpack_managed_tensor_to_buffer, torch._C._to_dlpack
         into_torch, out_of_jax = torch._C._from_dlpack, _jax.buffer_to_dlpack_managed_tensor
         direct = Direct(
-            lambda tensor: into_jax(out_of_torch(tensor), device, None, None),
+            lambda tensor: into_jax(out_of_torch(lend(tensor)), device, None, None),
             lambda array: into_torch(
                 out_of_jax(array, None)
             ),  # without a stream: waits for the array

@@ -16,7 +16,7 @@ import jax.export
 import jax.numpy as jnp
 import torch
 
-from interop import artefact_loader
+from interop import artefact_loader, lending
 from interop.dlpack import dtype_to_jax, dtype_to_torch
 from interop.torch_function import wrap
 
@@ -46,7 +46,7 @@ def export_operator(
       vjp_order: how often the artefact can be differentiated, 0 or 1.
 
     Returns:
-      The folder: `manifest.json`, `<platform>.jaxexport`, `loader.py`.
+      The folder: `manifest.json`, `<platform>.jaxexport`, `loader.py` and the `lending.py` it imports.
 
     Raises:
       ImportError: flatbuffers is missing.
@@ -99,7 +99,9 @@ def export_operator(
         "custom_calls": custom_calls,
         "files": files,
     }
-    shutil.copyfile(artefact_loader.__file__, folder / "loader.py")
+    loader = pathlib.Path(artefact_loader.__file__).read_text()
+    (folder / "loader.py").write_text(loader.replace("from interop.lending", "from lending"))
+    shutil.copyfile(lending.__file__, folder / "lending.py")
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return folder
 
