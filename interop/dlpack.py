@@ -302,7 +302,7 @@ class Direct(NamedTuple):
 
 
 def _nearly_ready(array: jax.Array) -> jax.Array:
-    """Looks for some ten microseconds whether small work is done: being woken (which follows) costs several times that."""
+    """Looks for some ten microseconds whether small work is done: being woken, which follows, takes longer."""
     for _ in range(_LOOKS):
         if array.is_ready():
             break
