@@ -16,7 +16,8 @@ pytestmark = pytest.mark.torch
 # XLA's thread asks for the interpreter's lock, which the main thread keeps until it has begun to finalise. What is
 # kept holds the client, and so its threads, beyond JAX's own clean-up.
 END_AT_ONCE = """
-    import sys, time, torch, jax, interop
+    import resource, sys, time, torch, jax, interop
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     class Lingering:
         def __del__(self, sleep=time.sleep):
             sleep(0.5)
