@@ -125,6 +125,18 @@ def delta_rule_seconds(row: Row) -> str:
     return f"{row['seconds'] * 1e3:.3f}"
 
 
+def where_measured(cell: Callable[[Row], str]) -> Callable[[Row], str]:
+    """The cell, empty for rows of another kind."""
+
+    def blank_or_cell(row: Row) -> str:
+        try:
+            return cell(row)
+        except KeyError:
+            return ""
+
+    return blank_or_cell
+
+
 def worst_error(row: Row) -> str:
     """Cell: the largest relative error, and of what."""
     what, error = max(row["relative_error"].items(), key=lambda item: item[1])
@@ -142,6 +154,19 @@ def plot_bytes(axis, rows: list[Row]) -> None:
         )
     axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="temporary bytes")
     axis.legend()
+
+
+def plot_growth(axis, rows: list[Row]) -> None:
+    """Milliseconds over length beside a line of slope one, both axes logarithmic."""
+    grown = [row for row in rows if row["what"] == "growth"]
+    lengths = [row["length"] for row in grown]
+    for variant in grown[0]["seconds"]:
+        times = [row["seconds"][variant]["median"] * 1e3 for row in grown]
+        axis.plot(lengths, times, marker="o", label=variant)
+        linear = [times[0] * length / lengths[0] for length in lengths]
+        axis.plot(lengths, linear, color="black", linewidth=0.6)
+    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds, one head")
+    axis.legend(title="black: in proportion")
 
 
 def plot_ratios(axis, rows: list[Row]) -> None:
@@ -287,6 +312,23 @@ REPORTS: dict[str, Report] = {
                 f"{row['bridge_adds']:.1%}" if "bridge_adds" in row else ""
             ),
         },
+    ),
+    "delta_rule_cpu": Report(
+        title="Gated delta rule on a CPU: milliseconds, median (least); bytes kept for the backward pass",
+        columns={
+            "what": field("what"),
+            "pass": where_measured(field("pass")),
+            "T": field("length"),
+            "heads": where_measured(field("heads")),
+            "ours": where_measured(milliseconds("ours")),
+            "Hugging Face": where_measured(milliseconds("hugging face")),
+            "times faster": where_measured(ratio("hugging face")),
+            "compile s": where_measured(lambda row: f"{row['compile_seconds']:.1f}"),
+            "kept bytes per token and head": where_measured(field("kept_bytes_per_token_and_head")),
+            "forward alone": where_measured(milliseconds("forward")),
+            "with gradients": where_measured(milliseconds("gradient")),
+        },
+        plot=plot_growth,
     ),
     "delta_rule_floor": Report(
         title="Gated delta rule on an H200: what it costs at least, and what others published",

@@ -24,7 +24,8 @@ def measure(quick: bool) -> list[dict]:
     rows = [
         paired(length, heads, backward=backward, rounds=2 if backward else 3)
         for length, heads, backward in (
-            (2048, 8, False), (2048, 32, False), (8192, 8, False), (2048, 8, True), (8192, 8, True)
+            (2048, 8, False), (2048, 32, False), (8192, 8, False), (8192, 32, False),
+            (2048, 8, True), (2048, 32, True), (8192, 8, True),
         )
     ]  # fmt: skip
     rows += [memory(length, 8) for length in (2048, 8192)]
