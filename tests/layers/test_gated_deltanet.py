@@ -1,6 +1,7 @@
 """GatedDeltaNet against Hugging Face and a float64 recurrence, and its step against its call."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from gqa_jax import GatedDeltaNet, GatedDeltaNetConfig
 from gqa_jax.masks import padding_segment_ids
 from tests.support.compare import assert_bitwise_equal, assert_close
+from tests.support.random_layers import draw, random_layer
 
 BASE = GatedDeltaNetConfig(
     model_dim=24, num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=6
@@ -27,21 +29,7 @@ VARIANTS = {
 }
 CALL = nnx.jit(GatedDeltaNet.__call__, graph=False, graph_updates=False)
 STEP = nnx.jit(GatedDeltaNet.step, graph=False, graph_updates=False)
-
-
-def build(config: GatedDeltaNetConfig, seed: int = 0, **kwargs) -> GatedDeltaNet:
-    """A layer whose every parameter is random, biases and norms too."""
-    layer = GatedDeltaNet(config, rngs=nnx.Rngs(seed), **kwargs)
-    rng = np.random.default_rng(seed)
-    for _, leaf in nnx.iter_graph(layer):
-        if isinstance(leaf, nnx.Param):
-            value = leaf[...]
-            leaf[...] = value + jnp.asarray(0.3 * rng.normal(size=value.shape), value.dtype)
-    return layer
-
-
-def draw(seed: int, *shape: int):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+build = functools.partial(random_layer, GatedDeltaNet)
 
 
 def recurrence(layer: GatedDeltaNet, x: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """SelfAttention against Hugging Face, and its step against its call."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from gqa_jax import AttentionConfig, RopeConfig, SelfAttention
 from gqa_jax.masks import padding_segment_ids
 from tests.support.compare import assert_close
+from tests.support.random_layers import draw, random_layer
 
 BASE = AttentionConfig(model_dim=24, num_heads=4, num_kv_heads=2, head_dim=8)
 VARIANTS = {
@@ -30,23 +32,7 @@ VARIANTS = {
 
 CALL = nnx.jit(SelfAttention.__call__, graph=False, graph_updates=False)
 STEP = nnx.jit(SelfAttention.step, graph=False, graph_updates=False)
-
-
-def build(config: AttentionConfig, seed: int = 0, **kwargs) -> SelfAttention:
-    """A layer whose every parameter is random, biases and norms too."""
-    layer = SelfAttention(config, rngs=nnx.Rngs(seed), **kwargs)
-    rng = np.random.default_rng(seed)
-    for _, leaf in nnx.iter_graph(layer):
-        if isinstance(leaf, nnx.Param):
-            value = leaf[...]
-            leaf[...] = (
-                value + jnp.asarray(0.3 * rng.normal(size=value.shape), value.dtype)
-            ).astype(value.dtype)
-    return layer
-
-
-def draw(seed: int, *shape: int):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+build = functools.partial(random_layer, SelfAttention)
 
 
 def random_split(rng, total: int) -> list[int]:

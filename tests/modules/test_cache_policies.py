@@ -1,6 +1,7 @@
 """Cache policies: ring against full cache and mask, 8 bits against explicit rounding, rewinds, sizes."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -23,6 +24,7 @@ from gqa_jax.cache.quantized import quantize
 from gqa_jax.memory import Memory, module_memory, required_bytes, tree_bytes
 from pallas_kernels import gqa_attention
 from tests.support.compare import assert_bitwise_equal, assert_close
+from tests.support.random_layers import draw, random_layer
 
 BASE = AttentionConfig(model_dim=24, num_heads=4, num_kv_heads=2, head_dim=8)
 WINDOWED = dataclasses.replace(
@@ -30,19 +32,7 @@ WINDOWED = dataclasses.replace(
     rope=RopeConfig(theta=50.0), output_gate=True, qk_norm="rms",
 )  # fmt: skip
 STEP = nnx.jit(SelfAttention.step, graph=False, graph_updates=False)
-
-
-def build(config, seed=0, **kwargs):
-    layer = SelfAttention(config, rngs=nnx.Rngs(seed), **kwargs)
-    rng = np.random.default_rng(seed)
-    for _, leaf in nnx.iter_graph(layer):
-        if isinstance(leaf, nnx.Param):
-            leaf[...] = leaf[...] + jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype)
-    return layer
-
-
-def draw(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+build = functools.partial(random_layer, SelfAttention)
 
 
 def run(layer, cache, x, sizes, lengths=None):

@@ -1,6 +1,7 @@
 """CrossAttention against torch and explicit sums; padding, packing, rows that see nothing, decoding."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from flax import nnx
 
 from gqa_jax import AttentionConfig, CrossAttention, RopeConfig
 from tests.support.compare import assert_bitwise_equal, assert_close
+from tests.support.random_layers import draw, random_layer
 
 BASE = AttentionConfig(
     model_dim=24, num_heads=4, num_kv_heads=2, head_dim=8, is_causal=False, rope=None
@@ -23,19 +25,7 @@ VARIANTS = {
     ),
     "one group, zero sink": dataclasses.replace(BASE, num_kv_heads=1, sinks="zero", output_gate=True),
 }  # fmt: skip
-
-
-def draw(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def build(config, seed=0, **kwargs):
-    layer = CrossAttention(config, rngs=nnx.Rngs(seed), **kwargs)
-    rng = np.random.default_rng(seed)
-    for _, leaf in nnx.iter_graph(layer):
-        if isinstance(leaf, nnx.Param):
-            leaf[...] = leaf[...] + jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype)
-    return layer
+build = functools.partial(random_layer, CrossAttention)
 
 
 def explicit(layer, x, memory, visible, positions=None, memory_positions=None):

@@ -1,6 +1,7 @@
 """LoRA and DoRA on fused projections; PEFT's files, applied by hand to a Hugging Face model."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -22,22 +23,13 @@ from gqa_jax import (
     qk_clip,
 )
 from tests.support.compare import assert_bitwise_equal, assert_close
+from tests.support.random_layers import draw, randomise
 
 BASE = AttentionConfig(model_dim=24, num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True)
 PLAIN, DORA = lora.LoRAConfig(rank=3, alpha=6.0), lora.LoRAConfig(rank=3, alpha=6.0, use_dora=True)
 
-
-def draw(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
-def randomise(model, seed=0, scale=0.2):
-    """Every adapter trained for a while: nothing at its initial value."""
-    rng = np.random.default_rng(seed)
-    for _, leaf in nnx.iter_graph(model):
-        if isinstance(leaf, nnx.LoRAParam):
-            leaf[...] = leaf[...] + jnp.asarray(scale * rng.normal(size=leaf.shape), leaf.dtype)
-    return model
+# Every adapter trained for a while: nothing at its initial value.
+trained = functools.partial(randomise, kind=nnx.LoRAParam, scale=0.2)
 
 
 def adapted(config=PLAIN, attention=BASE, seed=0):
@@ -78,7 +70,7 @@ def test_forward_merge_and_unmerge(config, gate):
     attention = BASE if not gate else AttentionConfig(
         model_dim=24, num_heads=4, num_kv_heads=2, head_dim=8, output_gate=True
     )  # fmt: skip
-    layer, x = randomise(adapted(config, attention)), draw(0, 2, 5, 24)
+    layer, x = trained(adapted(config, attention)), draw(0, 2, 5, 24)
     kernels = {name: explicit_kernel(getattr(layer, name)) for name in ("qkv", "out")}
     plain = SelfAttention(attention, rngs=nnx.Rngs(0))
     before = plain.qkv.kernel[...]
@@ -102,7 +94,7 @@ def test_forward_merge_and_unmerge(config, gate):
 
 @pytest.mark.parametrize("config", [PLAIN, DORA])
 def test_only_adapters_train_and_dora_holds_its_norm_fixed(config):
-    layer, x = randomise(adapted(config)), draw(0, 2, 5, 24)
+    layer, x = trained(adapted(config)), draw(0, 2, 5, 24)
     loss = lambda m: (m.qkv(x) ** 2).sum()
     grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(layer)
     leaves = {".".join(map(str, path)): np.asarray(v[...]) for path, v in nnx.to_flat_state(grads)}
@@ -142,7 +134,7 @@ def wide_layer(config):
     attention = AttentionConfig(model_dim=256, num_heads=4, num_kv_heads=2, head_dim=64)
     layer = SelfAttention(attention, rngs=nnx.Rngs(0))
     lora.apply(layer, config, rngs=nnx.Rngs(1))
-    return randomise(layer)
+    return trained(layer)
 
 
 def test_split_shapes_of_a_fused_adapter():
@@ -167,7 +159,7 @@ def test_split_shapes_of_a_fused_adapter():
     assert_bitwise_equal(parts["v_proj"].lora_B[:64], np.ascontiguousarray(b[:, 0, 3].T))
     mlp = MLP(256, 512, rngs=nnx.Rngs(0))
     lora.apply(mlp, lora.LoRAConfig(rank=8, alpha=8.0, targets=("gate_up",)), rngs=nnx.Rngs(1))
-    parts = lora_peft.split(randomise(mlp).gate_up.adapter(), name="gate_up", layer=mlp)
+    parts = lora_peft.split(trained(mlp).gate_up.adapter(), name="gate_up", layer=mlp)
     assert {n: p.lora_B.shape for n, p in parts.items()} == {
         "gate_proj": (512, 8), "up_proj": (512, 8)
     }  # fmt: skip
@@ -180,7 +172,7 @@ def test_fuse_is_the_inverse_of_split(name, config, gate):
     attention = AttentionConfig(
         model_dim=24, num_heads=4, num_kv_heads=2, head_dim=8, output_gate=gate
     )
-    layer = randomise(adapted(config, attention))
+    layer = trained(adapted(config, attention))
     adapter = getattr(layer, name).adapter()
     parts = lora_peft.split(adapter, name=name, layer=layer)
     back = lora_peft.fuse(parts, name=name, layer=layer, scaling=adapter.scaling)
@@ -275,7 +267,7 @@ def test_files_hold_exactly_what_peft_writes_and_come_back(use_dora, tmp_path):
     model = Decoder(DECODER, rngs=nnx.Rngs(0))
     config = lora.LoRAConfig(rank=3, alpha=6.0, targets=EVERYTHING, use_dora=use_dora)
     paths = lora.apply(model, config, rngs=nnx.Rngs(1))
-    randomise(model)
+    trained(model)
     lora_peft.save(model, tmp_path, base_model="tiny")
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     out_of = {
@@ -322,7 +314,7 @@ def test_adapters_applied_by_hand_to_a_hugging_face_llama(use_dora, tmp_path):
     model = checkpoint.load_hf(tmp_path / "base", dtype=jnp.float32)
     config = lora.LoRAConfig(rank=3, alpha=6.0, targets=EVERYTHING, use_dora=use_dora)
     lora.apply(model, config, rngs=nnx.Rngs(1))
-    randomise(model)
+    trained(model)
     lora_peft.save(model, tmp_path / "adapter")
     tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
     tokens = np.random.default_rng(0).integers(0, 40, (2, 9))

@@ -12,13 +12,10 @@ from gqa_jax import AttentionConfig, LinearScaling, RMSNorm, RopeConfig, SelfAtt
 from gqa_jax.layer_pattern import attention_layers, no_rope_layers, windowed_layers
 from pallas_kernels import gqa_attention
 from tests.support.compare import assert_bitwise_equal, assert_close
+from tests.support.random_layers import draw
 
 BASE = AttentionConfig(model_dim=24, num_heads=4, num_kv_heads=2, head_dim=8)
 BARE = dataclasses.replace(BASE, rope=None)
-
-
-def draw(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def build(config, seed=0, **kwargs):

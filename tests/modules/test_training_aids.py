@@ -24,15 +24,12 @@ from gqa_jax import (
 )
 from pallas_kernels import gqa_attention_with_lse
 from tests.support.compare import assert_bitwise_equal, assert_close
+from tests.support.random_layers import draw
 
 BASE = AttentionConfig(model_dim=24, num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True)
 DELTA = GatedDeltaNetConfig(
     model_dim=24, num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=4
 )
-
-
-def draw(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def layer_of(kind):
