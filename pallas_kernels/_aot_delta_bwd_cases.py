@@ -73,6 +73,8 @@ class DeltaBackwardShape:
 
 SHAPES = (
     DeltaBackwardShape("8k"),
+    DeltaBackwardShape("4x8k", rows=4),
+    DeltaBackwardShape("16x64", value_heads=64),
     DeltaBackwardShape("packed", segments=True),
     DeltaBackwardShape("d64", dim=64),
     DeltaBackwardShape("bf16", dtype=jnp.bfloat16),

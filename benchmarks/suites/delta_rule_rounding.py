@@ -11,7 +11,7 @@ three plans, in the symbols of docs/gated_delta_rule.md:
 - FLA: `u = T (beta V)` and `w = T (beta since K)` stored, the state rounded for every product, updates rounded twice.
 - FlashQLA: beta and Gamma folded into a rounded, gate-free T; residual and update rounded.
 - ours: T keeps its unit diagonal, beta multiplies residuals in float32, T moves to the other operands (the folded
-  form); with bfloat16 and with float16 operands.
+  form) and is rounded with care, to `T (I - E)`; with bfloat16 and with float16 operands.
 """
 
 import dataclasses
@@ -83,7 +83,8 @@ def flash_qla(c: Chunk, state, scale, r):
 
 
 def ours(c: Chunk, state, scale, r):
-    t = r(inverse(c.between * c.overlap))
+    t = inverse(c.between * c.overlap)
+    t = r(t - t @ (t - r(t)))
     held = r(state)
     landing, scores = r(t.T @ r(c.until * c.k)), r(r(c.scores) @ t)
     write = r(c.beta * (c.v - c.since * (c.k @ held)))

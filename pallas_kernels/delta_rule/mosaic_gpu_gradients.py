@@ -4,8 +4,8 @@
 turn. All that it makes is linear in the value columns, so the warpgroups meet once, to add dq and dk; the sums over the
 value heads of a key head stay in registers. The derivation is in `mosaic_gpu_bwd`.
 
-Shared memory at Dk = Dv = 128: 214 KiB. There dq and dk hold 128 registers of each thread, so that about 480 bytes of
-what is made for them are spilled; nothing is serialised.
+Shared memory at Dk = Dv = 128: 214 KiB. There dq and dk hold 128 registers of each thread, so that up to 528
+bytes of what is made for them are spilled; nothing is serialised.
 """
 
 from typing import Any, NamedTuple

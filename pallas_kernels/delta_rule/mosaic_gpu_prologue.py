@@ -10,7 +10,12 @@ diagonal, inverted, becomes that of width 2w by
 two products of the whole matrix, from w = 1 (no product) to 32. This is the blockwise inverse, not a Neumann series:
 every entry is made once, and is bounded by 2 for keys of length 1. Products take float16 operands, whose rounding adds
 up to 1e-3 for keys that are all alike; one step of Newton, `T <- T - (T (I + L) - I) T` with L and T in the bracket as
-sums of two float16, takes that to the rounding of the result.
+sums of two float16, takes that far below what 16 bits can hold.
+
+Rounding to 16 bits then is not left to chance. T meets keys and cotangents that may be nearly the same for all tokens;
+with beta near 1 its columns then add up to `1 - beta`, and errors E made entry by entry would be large against that.
+As `T (I - E)`, which rounds to the same large entries and lets the small ones below make up for them, T is off by a
+rounding relative to whatever it leaves.
 
 Layout: key `[z, N 64, Hk, D]`, tables `[z, Hv, N, 9, 64]` (`order.stacked`), result `[z, Hv, N, 64, 64]`, beta not
 folded in. Units: natural logarithms; exponents are masked before `exp`. Shared memory: `128 D + 40 KiB + 1 KiB n`.
@@ -108,6 +113,16 @@ def inverted(s, lower):
     return inverse - product(error.astype(jnp.float16), stored)
 
 
+def rounded(s, inverse, dtype):
+    """`inverse` in 16 bits as `inverse (I - E)`, E what rounding alone would take from it."""
+    lost = inverse - inverse.astype(dtype).astype(jnp.float32)
+    # Not the tile of the Newton step, which other warps may still be reading.
+    stored = s.inverse.at[1 - LEVELS % 2]
+    stored[...] = lost.astype(jnp.float16)
+    plgpu.commit_smem()
+    return (inverse - product(inverse.astype(jnp.float16), stored)).astype(dtype)
+
+
 def role(shapes: Shapes, key, tables, result, s) -> None:
     """One chunk of one key head."""
     head, chunk, row = (lax.axis_index(name) for name in ("heads", "chunk", "row"))
@@ -125,11 +140,11 @@ def role(shapes: Shapes, key, tables, result, s) -> None:
         table = s.tables.at[index]
         decay = gated(table, row_place > column_place, shapes.segments)
         beta = across(plgpu.load(table.at[order.BETA], layout=PER_ROW))
-        inverse = inverted(s, beta * (decay * overlap))
+        inverse = rounded(s, inverted(s, beta * (decay * overlap)), shapes.result)
         # The last head's tile has left before this one's is written, by whichever warp.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.commit_smem()
-        s.made[...] = inverse.astype(shapes.result)
+        s.made[...] = inverse
         plgpu.commit_smem()
         place = result.at[row, head * shapes.group + index, chunk]
         plgpu.copy_smem_to_gmem(s.made, place)

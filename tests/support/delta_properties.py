@@ -62,11 +62,11 @@ def evaluate(case: delta_cases.Case, dtype=jnp.float32, *, lanes: int | None = N
 
 
 def check_truth(
-    case: delta_cases.Case, dtype=jnp.float32, *, strong_decay=False, slack=1.0, **options
+    case: delta_cases.Case, dtype=jnp.float32, *, strong_decay=False, **options
 ) -> None:
     """Value, final state and every gradient against the float64 recurrence on the same (rounded) numbers.
 
-    `slack` multiplies the tolerances, `strong_decay` takes the wider one for the gradient of g.
+    `strong_decay` takes the wider tolerance for the gradient of g.
     """
     rounded = [np.asarray(x).astype(np.float64) for x in cast(case, dtype)]
     exact = dataclasses.replace(case, **dict(zip(delta_cases.NAMES, rounded, strict=True)))
@@ -76,7 +76,7 @@ def check_truth(
     limits = DELTA_RULE_TOLERANCES[jnp.dtype(dtype).name]
     errors = {"out": relative_error(got_out, out), "final_state": relative_error(got_final, final)}
     errors |= {name: relative_error(got[name], grads[name]) for name in delta_cases.NAMES}
-    allowed = {name: slack * limits.get(name, limits["gradient"]) for name in errors}
+    allowed = {name: limits.get(name, limits["gradient"]) for name in errors}
     if strong_decay:
         allowed["g"] = limits["g, strong decay"]
     wrong = {n: f"{e:.1e} > {allowed[n]:.1e}" for n, e in errors.items() if not e <= allowed[n]}
