@@ -4,6 +4,7 @@ Both jitted functions take the decoder as `nnx.split` gives it, because the defa
 that is not donated on every call.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -14,9 +15,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from gqa_jax import tensor_parallel
 from gqa_jax.cache import Policy
 from gqa_jax.decoder import Decoder, DecoderCache
 from gqa_jax.sampling import Sampling, make_sampling, sample
+from gqa_jax.sharding import MeshAxes
 
 Prompts = Sequence[Sequence[int]] | Int[Array, "B T"] | np.ndarray
 
@@ -59,13 +62,20 @@ class _Progress(NamedTuple):
     step: Int[Array, ""]
 
 
-class _Rules(NamedTuple):
-    """What stays the same from token to token."""
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["sampling", "stop_tokens", "pad_token", "key"],
+    meta_fields=["axes"],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rules:
+    """What stays the same from token to token; `axes` are the decoder's."""
 
     sampling: Sampling
     stop_tokens: Int[Array, "n"]
     pad_token: Int[Array, ""]
     key: Array | None
+    axes: MeshAxes | None
 
 
 def generate(
@@ -88,7 +98,7 @@ def generate(
     """Continues each prompt.
 
     Args:
-      decoder: any `Decoder`.
+      decoder: any `Decoder`; one with `axes` runs on the mesh of `jax.set_mesh`, and every device has the tokens.
       prompts: lists of token ids of any lengths >= 1, or one integer array `[B, T]`.
       max_new_tokens: upper limit per row.
       prompt_lengths: `[B]`, real tokens of each row of a right-padded array; None means all.
@@ -190,6 +200,8 @@ def _start(
     if top_k is not None and top_k > vocab_size:
         raise ValueError(f"`top_k` must be at most vocab_size={vocab_size}, got {top_k}")
     tokens, lengths = _pad_prompts(prompts, prompt_lengths, vocab_size)
+    if decoder.axes is not None:
+        tensor_parallel.check_rows(tokens, decoder.axes.without_seq, decoder, name="prompts")
     longest = tokens.shape[1]
     needed = longest + max_new_tokens
     if max_length is not None and max_length < needed:
@@ -200,7 +212,9 @@ def _start(
     chunk = prefill_chunk or longest
     capacity = max(max_length or needed, chunk)  # a chunk must fit, even where it is mostly padding
     graphdef, params = nnx.split(decoder)
-    cache = decoder.init_cache(len(lengths), capacity, dtype=cache_dtype, policy=cache_policy)
+    capacity = tensor_parallel.divisible_capacity(capacity, decoder.axes)
+    sizes = dict(batch=len(lengths), capacity=capacity, dtype=cache_dtype, policy=cache_policy)
+    cache = _empty_cache(graphdef, params, **sizes)
     logits = jnp.zeros((), jnp.float32)
     for start in range(0, longest, chunk):
         piece = tokens[:, start : start + chunk]
@@ -213,6 +227,7 @@ def _start(
         stop_tokens=jnp.asarray(list(stop_tokens), jnp.int32),
         pad_token=jnp.asarray(pad_token, jnp.int32),
         key=None if sampling.temperature is None else key,
+        axes=decoder.axes,
     )
     return graphdef, params, cache, logits, rules
 
@@ -258,6 +273,14 @@ def _pad_prompts(prompts, prompt_lengths, vocab_size) -> tuple[np.ndarray, np.nd
     return tokens.astype(np.int32), lengths
 
 
+@functools.partial(jax.jit, static_argnames=("graphdef", "batch", "capacity", "dtype", "policy"))
+def _empty_cache(graphdef, params, *, batch, capacity, dtype, policy) -> DecoderCache:
+    """Allocated where it belongs: on a mesh no device ever holds it whole."""
+    decoder = nnx.merge(graphdef, params)
+    cache = decoder.init_cache(batch, capacity, dtype=dtype, policy=policy)
+    return cache if decoder.axes is None else tensor_parallel.shard_cache(cache, decoder)
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("cache",))
 def _prefill(graphdef, params, cache, tokens, lengths) -> tuple[Array, DecoderCache]:
     """Logits `[B, V]` of each row's last token, and the cache."""
@@ -267,7 +290,11 @@ def _prefill(graphdef, params, cache, tokens, lengths) -> tuple[Array, DecoderCa
 
 
 def _record(progress: _Progress, logits: Float[Array, "B V"], rules: _Rules) -> _Progress:
-    """Draws the next token of every row that still generates."""
+    """Draws the next token of every row that still generates; on a mesh every device knows them all."""
+    return tensor_parallel.on_every_device(_draw, progress, logits, rules, axes=rules.axes)
+
+
+def _draw(progress: _Progress, logits: Float[Array, "B V"], rules: _Rules) -> _Progress:
     key = None if rules.key is None else jax.random.fold_in(rules.key, progress.step)
     token = sample(logits, sampling=rules.sampling, key=key)
     token = jnp.where(progress.active, token, rules.pad_token)
@@ -320,4 +347,6 @@ def _decode(
         return _next(graphdef, params, cache, progress, rules)
 
     progress = _first(logits, rules, max_new_tokens=max_new_tokens)
-    return jax.lax.while_loop(more, body, (progress, cache))
+    progress, cache = jax.lax.while_loop(more, body, (progress, cache))
+    # The compiler chooses the layout of a loop's carry by itself; every device shall have the tokens whole.
+    return tensor_parallel.on_every_device(lambda x: x, progress, axes=rules.axes), cache

@@ -127,4 +127,6 @@ def apply_rotary(
         rotated = jnp.concatenate(turned, axis=-1)
     else:
         rotated = jnp.stack(turned, axis=-1).reshape(wide.shape)
-    return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * half :]], axis=-1)
+    rotated, passed = rotated.astype(x.dtype), x[..., 2 * half :]
+    # An empty operand crashes XLA's CPU compiler (JAX 0.11.2) where a `shard_map` runs un-jitted, by single operations.
+    return jnp.concatenate([rotated, passed], axis=-1) if passed.size else rotated

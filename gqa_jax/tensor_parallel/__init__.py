@@ -7,7 +7,9 @@ is split too (arXiv 2205.05198). Inside a caller's own `shard_map` the same code
 """
 
 from gqa_jax.tensor_parallel.decoding import cache_specs as cache_specs
+from gqa_jax.tensor_parallel.decoding import divisible_capacity as divisible_capacity
 from gqa_jax.tensor_parallel.decoding import for_steps as for_steps
+from gqa_jax.tensor_parallel.decoding import on_every_device as on_every_device
 from gqa_jax.tensor_parallel.decoding import shard_cache as shard_cache
 from gqa_jax.tensor_parallel.decoding import step as step
 from gqa_jax.tensor_parallel.layers import cross_attention as cross_attention
@@ -18,6 +20,7 @@ from gqa_jax.tensor_parallel.layers import project_memory as project_memory
 from gqa_jax.tensor_parallel.layers import self_attention as self_attention
 from gqa_jax.tensor_parallel.on_mesh import check_layer as check_layer
 from gqa_jax.tensor_parallel.on_mesh import check_positions as check_positions
+from gqa_jax.tensor_parallel.on_mesh import check_rows as check_rows
 from gqa_jax.tensor_parallel.vocabulary import cross_entropy as cross_entropy
 from gqa_jax.tensor_parallel.vocabulary import embed as embed
 from gqa_jax.tensor_parallel.vocabulary import logits as logits

@@ -1,5 +1,6 @@
 """Steps on a mesh: caches split by heads and, for long contexts, by tokens."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,6 +61,25 @@ def shard_cache(cache: Any, layer: Any) -> Any:
     groups = config.num_kv_heads if isinstance(config, AttentionConfig) else None
     specs = cache_specs(cache, layer.axes, groups, sharding.current_mesh(layer.axes))
     return jax.tree.map(sharding.constrain, cache, specs)
+
+
+def divisible_capacity(capacity: int, axes: MeshAxes | None) -> int:
+    """The least capacity of a cache, from `capacity` on, that `axes.seq` divides."""
+    if axes is None:
+        return capacity
+    parts = sharding.size(axes.seq, sharding.current_mesh(axes))
+    return -(-capacity // parts) * parts
+
+
+def on_every_device(run: Callable[..., Any], *arguments: Any, axes: MeshAxes | None) -> Any:
+    """`run(*arguments)`, small results, whole on every device; `run` must close over no array.
+
+    Inside, the compiler lays out what it likes: not every operation has a rule for axes that are Explicit.
+    """
+    if axes is None or sharding.is_manual(axes):
+        return run(*arguments)
+    out = jax.sharding.auto_axes(run, out_sharding=jax.P())(*arguments)
+    return jax.tree.map(lambda x: sharding.constrain(x, jax.P()), out)
 
 
 def for_steps(layer: Any) -> Any:

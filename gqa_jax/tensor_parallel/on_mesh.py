@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
@@ -115,7 +116,7 @@ def spread(
     return jax.shard_map(on_device, in_specs=in_specs, out_specs=out_specs)(*arguments)
 
 
-def check_rows(x: Array, axes: MeshAxes, layer: Any, *, name: str = "x") -> None:
+def check_rows(x: Array | np.ndarray, axes: MeshAxes, layer: Any, *, name: str = "x") -> None:
     """Raises `ValueError` for a batch or length that the mesh does not divide."""
     mesh = sharding.current_mesh(axes)
     rows = sharding.size(axes.batch, mesh)

@@ -17,7 +17,7 @@ from gqa_jax.context_parallel import (
 )
 from pallas_kernels import gqa_attention_with_lse
 from tests.support.compare import assert_close
-from tests.support.meshes import mesh, pairwise
+from tests.support.meshes import mesh, mostly_slow, pairwise
 
 CASES = pairwise(
     5,
@@ -47,7 +47,7 @@ def _name(case):
     return "-".join(str(v) if not isinstance(v, tuple) else "+".join(v) for v in case.values())
 
 
-@pytest.mark.parametrize("case", CASES, ids=_name)
+@pytest.mark.parametrize("case", mostly_slow(CASES, _name, every=("mode", "kind")))
 def test_equals_one_device(case):
     rng = np.random.default_rng(CASES.index(case))
     devices, window = case["devices"], case["window"]

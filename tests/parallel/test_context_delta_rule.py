@@ -21,7 +21,7 @@ from gqa_jax.context_parallel import (
 )
 from pallas_kernels import GatedDeltaRuleOutput, causal_conv1d, gated_delta_rule
 from tests.support.compare import assert_bitwise_equal, assert_close
-from tests.support.meshes import mesh, pairwise
+from tests.support.meshes import mesh, mostly_slow, pairwise
 
 CASES = pairwise(
     11,
@@ -40,7 +40,7 @@ def _name(case):
     return "-".join(map(str, case.values()))
 
 
-@pytest.mark.parametrize("case", CASES, ids=_name)
+@pytest.mark.parametrize("case", mostly_slow(CASES, _name))
 def test_equals_one_device(case):
     rng = np.random.default_rng(CASES.index(case))
     devices, layout = case["devices"], case["layout"]

@@ -1,6 +1,7 @@
 """A hybrid decoder trains and decodes on a mesh as on one device."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -17,6 +18,8 @@ from gqa_jax import (
     GatedDeltaNetConfig,
     MoEConfig,
     SelfAttention,
+    generate,
+    stream,
 )
 from gqa_jax import tensor_parallel as tp
 from gqa_jax.context_parallel import ContextParallel, from_layout, to_layout
@@ -41,6 +44,11 @@ AXES = MeshAxes(batch="fsdp", seq="cp", heads="tp", embed="fsdp", seq_residual="
 def _like(decoder, other):
     """`decoder` with the parameters of `other`."""
     return jax.tree.unflatten(jax.tree.structure(decoder), jax.tree.leaves(other))
+
+
+def _randomised(decoder, rng):
+    """Wide parameters, so that no two tokens are about equally likely."""
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), decoder)
 
 
 def _largest(x) -> float:
@@ -237,10 +245,7 @@ def test_bfloat16_is_no_worse_than_on_one_device():
     """Errors against float32 of the same parameters; partial sums of bfloat16 are what a mesh adds."""
     rng = np.random.default_rng(17)
     tokens = rng.integers(0, 24, (2, 32)).astype(np.int32)
-    narrow = jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype),
-        Decoder(SMALL, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16),
-    )
+    narrow = _randomised(Decoder(SMALL, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16), rng)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
     spread = Decoder(
         SMALL, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16, axes=AXES, context_parallel=ContextParallel(mode="ring")
@@ -277,3 +282,43 @@ def test_a_step_moves_little_and_writes_in_place():
     found = collectives(text)
     assert {kind for kind, _ in found} == {"all-reduce"}
     assert sum(size for _, size in found) <= 8 * 1024, found
+
+
+PROMPTS = [[9, 3, 22, 1, 0, 7, 15], [4, 4], [18, 2, 23, 5, 11], [6]]
+GREEDY = dict(max_new_tokens=8, prefill_chunk=4, stop_tokens=(3, 11))
+DRAWN = dict(temperature=2.0, top_k=9, top_p=0.9, key=jax.random.key(5), **GREEDY)
+
+
+@functools.cache
+def _generated_by_one_device():
+    """The decoder, and what it continues `PROMPTS` with."""
+    alone = _randomised(Decoder(SMALL, rngs=nnx.Rngs(0)), np.random.default_rng(21))
+    return alone, generate(alone, PROMPTS, **GREEDY), generate(alone, PROMPTS, **DRAWN)
+
+
+@pytest.mark.parametrize(
+    "kind, cp",
+    [("explicit", 1), ("auto", 2), pytest.param("auto", 1, marks=pytest.mark.slow)],
+)
+def test_generates_the_tokens_of_one_device(kind, cp):
+    """Prompts of four lengths in pieces, rows that stop early, a capacity that cp does not divide."""
+    alone, want, want_drawn = _generated_by_one_device()
+    assert min(want.lengths.tolist()) < max(want.lengths.tolist()) == GREEDY["max_new_tokens"]
+    axes = MeshAxes(batch="dp", heads="tp", seq="cp" if cp > 1 else None)
+    plan = ContextParallel() if cp > 1 else None
+    the_mesh = mesh(kind, dp=2, cp=cp, tp=2)
+    spread = _like(Decoder(SMALL, rngs=nnx.Rngs(0), axes=axes, context_parallel=plan), alone)
+    with jax.set_mesh(the_mesh):
+        spread = shard_parameters(spread, the_mesh, axes)
+        got = generate(spread, PROMPTS, **GREEDY)
+        got_drawn = generate(spread, PROMPTS, **DRAWN)
+        steps = list(stream(spread, PROMPTS, **GREEDY))
+        with pytest.raises(
+            ValueError, match="`prompts` must have a batch that is a multiple of 2 .*got B=3"
+        ):
+            generate(spread, PROMPTS[:3], **GREEDY)
+    assert got.tokens.sharding.is_fully_replicated
+    assert got.to_lists() == want.to_lists()
+    assert got_drawn.to_lists() == want_drawn.to_lists()
+    streamed = np.stack([step.tokens for step in steps], axis=1)
+    assert np.array_equal(streamed, want.tokens)

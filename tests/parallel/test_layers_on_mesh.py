@@ -23,7 +23,7 @@ from gqa_jax.mlp import MLP
 from gqa_jax.moe import MoE
 from gqa_jax.sharding import MeshAxes, parameter_shardings, parameter_spec, shard_parameters
 from tests.support.compare import assert_close
-from tests.support.meshes import mesh, pairwise
+from tests.support.meshes import mesh, mostly_slow, pairwise
 
 M = 16
 MESHES = {
@@ -104,6 +104,10 @@ CASES = pairwise(
 )  # fmt: skip
 
 
+def _name(case):
+    return "-".join(map(str, case.values()))
+
+
 def _randomised(module, rng):
     """Zero-initialised biases and sinks would hide mistakes."""
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), module)
@@ -145,7 +149,7 @@ def _assert_equal(actual, expected, what, tolerance=1e-5):
     assert_close(actual, expected, atol=tolerance * top, what=what)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
+@pytest.mark.parametrize("case", mostly_slow(CASES, _name, every=("kind", "axis_type")))
 def test_equals_one_device(case):
     rng = np.random.default_rng(CASES.index(case))
     sizes, axes = MESHES[case["mesh"]]
@@ -252,6 +256,20 @@ def test_the_largest_logits_are_recorded_and_clipped(name, kind):
     kernel = spread.qkv.kernel[...]
     spec = parameter_spec("qkv.kernel", kernel.shape, axes, the_mesh)
     assert kernel.sharding.is_equivalent_to(NamedSharding(the_mesh, spec), 4)
+
+
+def test_a_call_without_jit():
+    """JAX then runs the layer one operation at a time; an empty operand there once ended the process."""
+    rng = np.random.default_rng(15)
+    axes = MeshAxes(heads="tp")
+    alone = _randomised(_attention(None, None, False), rng)
+    spread = _attention(axes, None, False)
+    spread = jax.tree.unflatten(jax.tree.structure(spread), jax.tree.leaves(alone))
+    x = jnp.asarray(rng.normal(size=(2, 6, M)), jnp.float32)
+    the_mesh = mesh("auto", tp=2)
+    with jax.set_mesh(the_mesh):
+        got = shard_parameters(spread, the_mesh, axes)(x)
+    _assert_equal(got, alone(x), "output")
 
 
 def test_what_dropout_and_masks_cannot_have_is_said():

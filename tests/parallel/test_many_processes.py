@@ -1,10 +1,10 @@
-"""Two processes with gloo between them train as one device does, and their checkpoints are anyone's."""
+"""Two processes with gloo between them train and generate as one device does, and their checkpoints are anyone's."""
 
 import jax
 import numpy as np
 import pytest
 
-from gqa_jax import checkpoint
+from gqa_jax import checkpoint, generate
 from gqa_jax.sharding import MeshAxes, path_name, shard_parameters
 from gqa_jax.train_checkpoint import TrainCheckpoints
 from tests.parallel import two_process_training as training
@@ -71,6 +71,9 @@ def test_two_processes_equal_one(tmp_path):
         assert_close(got[path], want, atol=1e-5 * top, what=path)
     assert_same_bits(alone, whole(tmp_path, "restored"))
     assert_same_bits(alone.decoder, whole(tmp_path, "hf"))
+    tokens = generate(alone.decoder, training.PROMPTS, max_new_tokens=training.NEW_TOKENS).tokens
+    for process in range(2):
+        assert_bitwise_equal(np.load(tmp_path / f"tokens-{process}.npy"), tokens)
 
     wanted = whole(tmp_path, "state")
     with TrainCheckpoints(tmp_path / "from_two") as checkpoints:

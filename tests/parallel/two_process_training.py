@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from gqa_jax import Decoder, checkpoint, replica_check
+from gqa_jax import Decoder, checkpoint, generate, replica_check
 from gqa_jax.context_parallel import ContextParallel, context_attention, to_layout
 from gqa_jax.sharding import MeshAxes, parameter_shardings, path_name
 from gqa_jax.train_checkpoint import TrainCheckpoints
@@ -32,6 +32,7 @@ OPTIMIZER = optax.sgd(0.02, momentum=0.9)
 AXES = MeshAxes(batch="fsdp", seq="cp", heads="tp", embed="fsdp")
 PLAN = ContextParallel(mode="ring")
 STEPS, BATCH, LENGTH = 2, 4, 16
+PROMPTS, NEW_TOKENS = [[3, 1, 4], [1]], 3
 
 
 def batch(step: int) -> dict[str, np.ndarray]:
@@ -109,6 +110,9 @@ def main(process: int, folder: pathlib.Path) -> None:
     checkpoint.save_hf(state.decoder, folder / "hf_from_two")
     loaded = checkpoint.load_hf(folder / "hf_from_one", mesh=mesh, axes=AXES, context_parallel=PLAN)
     np.savez(folder / f"hf-{process}.npz", **pieces(loaded))
+    with jax.set_mesh(mesh):
+        tokens = generate(loaded, PROMPTS, max_new_tokens=NEW_TOKENS).tokens
+    np.save(folder / f"tokens-{process}.npy", np.asarray(tokens))
     ring_across_processes()
 
 

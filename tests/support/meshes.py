@@ -1,9 +1,11 @@
-"""Meshes of the eight simulated devices, and combinations that cover every pair of choices."""
+"""Meshes of the eight simulated devices, and combinations that cover every pair of choices, a few of them always."""
 
 import itertools
+from collections.abc import Callable
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import AxisType
 
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
@@ -45,3 +47,22 @@ def pairwise(seed: int, **choices) -> list[dict]:
         missing -= {(a, best[a], b, best[b]) for a, b in itertools.combinations(names, 2)}
         rows.append({n: choices[n][i] for n, i in best.items()})
     return rows
+
+
+def mostly_slow(
+    cases: list[dict], name: Callable[[dict], str], *, every: tuple[str, ...] = ()
+) -> list:
+    """The cases as parameters of a test, `slow` but for a few that always run.
+
+    Those few hold every value of every choice, and every pair of values of the choices in `every`.
+    """
+    groups = [(choice,) for choice in cases[0]] + list(itertools.combinations(every, 2))
+    held = lambda case: {(group, *(case[choice] for choice in group)) for group in groups}
+    missing, always = set().union(*map(held, cases)), []
+    while missing:
+        always.append(max(cases, key=lambda case: len(held(case) & missing)))
+        missing -= held(always[-1])
+    return [
+        pytest.param(case, id=name(case), marks=() if case in always else pytest.mark.slow)
+        for case in cases
+    ]
