@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 
-def run_python(script: str, *arguments: str, timeout: float = 240) -> None:
+def run_python(script: str, *arguments: str, timeout: float = 480) -> None:
     """Fails with the script's standard error unless it ends well."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *arguments],

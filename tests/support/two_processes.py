@@ -19,7 +19,7 @@ def join(process: int, port: int, *, devices: int) -> None:
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
 
 
-def run(module: str, *arguments: str, timeout: float = 240) -> None:
+def run(module: str, *arguments: str, timeout: float = 480) -> None:
     """`python -m module {process} {port} *arguments` as process 0 and 1; both must end well, else shows their words."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
