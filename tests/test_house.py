@@ -38,7 +38,6 @@ MAY_NAME = {  # room -> roots its files may import, besides the standard library
 # Files that may name a root that their room may not, with the reason.
 EXCEPTIONS = {
     "gqa_jax/demo.py": {"interop"},  # the demo shows the bridge when torch is installed
-    "pallas_kernels/decode/triton.py": {"jax_triton", "triton"},
 }
 SIBLINGS = {  # inside one operator: file -> siblings it may import
     "api": {
@@ -116,7 +115,6 @@ SIBLINGS = {  # inside one operator: file -> siblings it may import
     "chunked": {"algebra", "order", "tuning"},
     "channelwise": {"algebra", "order"},
     "cudnn": {"algebra"},
-    "triton": {"tuning", "algebra"},
     "tuning": set(),
     "algebra": set(),
     "order": {"algebra"},
