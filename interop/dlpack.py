@@ -301,7 +301,7 @@ class Direct(NamedTuple):
     to_torch: Callable[[jax.Array], torch.Tensor]
 
 
-def _nearly_ready(array: jax.Array) -> jax.Array:
+def _nearly_ready(array: Any) -> Any:
     """Looks for some ten microseconds whether small work is done: being woken, which follows, takes longer."""
     for _ in range(_LOOKS):
         if array.is_ready():
