@@ -7,6 +7,7 @@ without an active exception", for one script in twenty-five that ends right afte
 
 import atexit
 import collections
+import sys
 import time
 import weakref
 
@@ -14,6 +15,7 @@ import jax
 import torch
 
 _LONGEST_WAIT = 2.0  # seconds
+_GRACE = 0.05  # seconds
 # XLA works in order: once the last ones are back, so are all before them.
 _lent: collections.deque[weakref.ref[torch.Tensor]] = collections.deque(maxlen=256)
 
@@ -27,20 +29,20 @@ def lend(tensor: torch.Tensor) -> torch.Tensor:
 
 @atexit.register
 def _wait_until_returned() -> None:
-    if not _awaited(frozenset()):
+    if not _lent:
         return
+    # Held here, they are not destroyed by XLA's thread, which would leave the lock and take it again on the way.
+    tensors = [tensor for tensor in (ref() for ref in _lent) if tensor is not None]
     # What an array still holds is given back by the thread that ends the interpreter.
-    held = frozenset(
+    held = {
         array.unsafe_buffer_pointer()
         for array in jax.live_arrays()
         if not array.is_deleted() and len(array.sharding.device_set) == 1
-    )
+    }
+    tensors = [tensor for tensor in tensors if tensor.numel() and tensor.data_ptr() not in held]
     deadline = time.monotonic() + _LONGEST_WAIT
-    while _awaited(held) and time.monotonic() < deadline:
+    # References: the list's, the loop's, the call's; one more while XLA has the tensor.
+    while any(sys.getrefcount(t) > 3 for t in tensors) and time.monotonic() < deadline:
         time.sleep(1e-3)
-
-
-def _awaited(held: frozenset[int]) -> bool:
-    """Whether XLA still has a tensor that starts at none of the addresses `held`; keeps none alive itself."""
-    tensors = [ref() for ref in _lent]
-    return any(t is not None and t.numel() and t.data_ptr() not in held for t in tensors)
+    # A tensor that was being destroyed as this began cannot be seen any more. Its thread waits for the lock.
+    time.sleep(_GRACE)
