@@ -19,6 +19,14 @@ def matmul(spec: str, *operands):
     return jnp.einsum(spec, *operands, precision=jax.lax.Precision.HIGHEST)
 
 
+def for_values(x, value_heads):
+    """A key head's `[z, h, ...]` once for each of its n value heads, `[z, h, n, ...]`.
+
+    Products whose operands have all batch axes in common need no transposes around them, which cost more than copies.
+    """
+    return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], value_heads, *x.shape[2:]))
+
+
 def compute_dtype(dtype):
     """What sums, gates and states are held in: float32, or float64 for float64 inputs."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
@@ -242,7 +250,8 @@ def advance(state, terms: Terms, value, beta, decay: Gates, scale):
     The chain: two dependent products, all that the next chunk waits for.
     """
     size, key_dim = value.shape[-2], state.shape[-2]
-    read = matmul("zhck,zhnkv->zhncv", terms.readers, state)
+    readers = for_values(terms.readers, value.shape[2])
+    read = matmul("zhnck,zhnkv->zhncv", readers, state)
     since = decay.since_start[..., None]
     write = beta[..., None] * (value - since * read[..., :size, :])
     landed = matmul("zhnij,zhnjv->zhniv", terms.landing, write)
@@ -287,7 +296,7 @@ def chunk_echo(d_out, query, key, decay: Gates, inverse, scale) -> Echo:
         folded_key(key, decay, inverse),
         scores,
         matmul("zhnij,zhniv->zhnjv", folded, d_out),
-        matmul("zhck,zhncv->zhnkv", query, carried),
+        matmul("zhnck,zhncv->zhnkv", for_values(query, d_out.shape[2]), carried),
     )
 
 
@@ -296,7 +305,8 @@ def retreat(d_state, echo: Echo, key, beta, decay: Gates):
     d_write = matmul("zhnck,zhnkv->zhncv", echo.landing, d_state) + echo.write
     forgotten = (decay.since_start * beta)[..., None] * d_write
     d_before = decay.whole[..., None, None] * d_state + echo.state
-    return d_before - matmul("zhck,zhncv->zhnkv", key, forgotten), d_write
+    keys = for_values(key, d_write.shape[2])
+    return d_before - matmul("zhnck,zhncv->zhnkv", keys, forgotten), d_write
 
 
 def chunk_gradients(
@@ -315,7 +325,7 @@ def chunk_gradients(
 ) -> ChunkGradients:
     """Gradients of one chunk's inputs from its initial state, and the cotangents of its outputs, end and writes."""
     since, until = decay.since_start[..., None], decay.until_end[..., None]
-    recalled = matmul("zhck,zhnkv->zhncv", key, state)
+    recalled = matmul("zhnck,zhnkv->zhncv", for_values(key, value.shape[2]), state)
     residual = value - since * recalled
     update = matmul("zhnij,zhnjv->zhniv", inverse, beta[..., None] * residual)
     d_residual = beta[..., None] * d_write
@@ -331,8 +341,7 @@ def chunk_gradients(
     d_overlap = jnp.sum(beta[..., None] * decay.between * d_lower, axis=2)
     d_query = jnp.sum(d_carried, axis=2) + matmul("zhij,zhjk->zhik", d_scores, key)
     d_key = (
-        jnp.sum(d_landed, axis=2)
-        - matmul("zhncv,zhnkv->zhck", since * d_residual, state)
+        jnp.sum(d_landed - matmul("zhncv,zhnkv->zhnck", since * d_residual, state), axis=2)
         + matmul("zhij,zhik->zhjk", d_scores, query)
         + matmul("zhij,zhjk->zhik", d_overlap + jnp.swapaxes(d_overlap, -1, -2), key)
     )

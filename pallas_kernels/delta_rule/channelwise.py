@@ -47,7 +47,7 @@ def backward(plan: Plan, order: Order, tokens: Tokens, initial_state, d_out, d_f
         raw, place, d_out, state = xs
         d_state = orders.enter(d_state, place, bank, at="last")
         _, pull = jax.vjp(lambda state, *raw: _chunk(plan, place, state, *raw), state, *raw)
-        d_out = orders.by_group(jnp.moveaxis(d_out, 1, 2).astype(state.dtype), raw.key.shape[2])
+        d_out = orders.load_output(plan, d_out, raw.key.shape[1], state.dtype)
         d_before, *d_raw = pull((d_state, d_out))
         d_bank = orders.put(d_bank, place.first, place, d_before)
         return (orders.cut(d_before, place), d_bank), tuple(d_raw)

@@ -62,17 +62,14 @@ def backward(plan: Plan, order: Order, tokens: Tokens, initial_state, saved: Sav
     if saved.transition is not None:
         block = functools.partial(_backward_block, plan, bank, gradients=False)
         nothing = (jnp.zeros_like(saved.start), None)
-        (extra, _), _ = jax.lax.scan(block, nothing, _in_blocks(plan, (*xs, starts)), reverse=True)
+        (extra, _), _ = _over_blocks(plan, block, nothing, (*xs, starts), reverse=True)
         transposed = jnp.swapaxes(saved.transition, -1, -2)
         end = orders.through_lanes(plan, end, transposed, extra, reverse=True)
 
     block = functools.partial(_backward_block, plan, bank, gradients=True)
     # A sequence without tokens hands its cotangent through.
-    (d_state, d_bank), d_raw = jax.lax.scan(
-        block, (end, bank), _in_blocks(plan, (*xs, starts)), reverse=True
-    )
+    (d_state, d_bank), d_raw = _over_blocks(plan, block, (end, bank), (*xs, starts), reverse=True)
     d_initial = orders.lane(plan, d_state, 0) if d_bank is None else d_bank
-    d_raw = _out_of_blocks(d_raw)
     d_tokens = Tokens(*(orders.from_chunks(plan, order, x) for x in d_raw))
     return d_tokens, d_initial.reshape(initial_state.shape)
 
@@ -82,7 +79,7 @@ def _walk(
 ):
     """Carries `(state, finals)` through all chunks.
 
-    Returns the carry after them, and by chunk what `collect` names ("out" `[N, z, C, Hv, Dv]`, "state" at its start,
+    Returns the carry after them, and by chunk what `collect` names ("out" `[N, z C, Hv, Dv]`, "state" at its start,
     or None) with T if it is to be kept.
     """
 
@@ -111,9 +108,7 @@ def _walk(
             collected = jax.vmap(orders.join_groups)(collected).astype(raw.value.dtype)
         return carry, (collected, free[-1].inverse if keep else None)
 
-    xs = _in_blocks(plan, (chunks, orders.places(order), inverse))
-    carry, collected = jax.lax.scan(block, carry, xs)
-    return carry, _out_of_blocks(collected)
+    return _over_blocks(plan, block, carry, (chunks, orders.places(order), inverse))
 
 
 def _backward_block(plan, bank, carry, xs, *, gradients):
@@ -123,11 +118,8 @@ def _backward_block(plan, bank, carry, xs, *, gradients):
         lambda *raw: jax.vmap(lambda place, *raw: orders.load(plan, place, *raw))(places, *raw),
         *raw,
     )
-    d_out = jax.vmap(
-        lambda x: orders.by_group(
-            jnp.moveaxis(x, 1, 2).astype(tokens.value.dtype), raw.key.shape[3]
-        )
-    )(d_out)
+    heads, compute = raw.key.shape[2], tokens.value.dtype
+    d_out = jax.vmap(lambda x: orders.load_output(plan, x, heads, compute))(d_out)
 
     def echo(tokens, place, inverse, d_out):
         decay = algebra.gates(tokens.g, place.segment)
@@ -189,11 +181,18 @@ def _lane_maps(plan, order, chunks, states):
     return state[..., value_dim:], state[..., :value_dim], inverse
 
 
-def _in_blocks(plan: Plan, tree):
-    """`[N, ...]` to `[blocks, block, ...]`."""
-    return jax.tree.map(lambda x: x.reshape(-1, plan.block, *x.shape[1:]), tree)
+def _over_blocks(plan: Plan, step, carry, tree, *, reverse=False):
+    """`scan` of `step(carry, block)` over the chunks in `tree`, `[N, a, ...]`; `step` sees `[block, a, ...]`.
 
+    Around the loop block and a are one axis: for one of length 1 XLA would copy each operand to another layout.
+    """
+    flat = lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+    split = lambda x: x.reshape(plan.block, -1, *x.shape[1:])
 
-def _out_of_blocks(tree):
-    """`[blocks, block, ...]` to `[N, ...]`."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    def body(carry, xs):
+        carry, ys = step(carry, jax.tree.map(split, xs))
+        return carry, jax.tree.map(flat, ys)
+
+    in_blocks = lambda x: x.reshape(-1, plan.block * x.shape[1], *x.shape[2:])
+    carry, ys = jax.lax.scan(body, carry, jax.tree.map(in_blocks, tree), reverse=reverse)
+    return carry, jax.tree.map(lambda y: y.reshape(plan.steps, -1, *y.shape[2:]), ys)

@@ -72,8 +72,10 @@ def dense_order(plan: Plan, segment_ids) -> Order:
     starts, real = algebra.segment_starts(segment_ids)
     in_place = Order()
     return Order(
-        real=to_chunks(plan, in_place, real),
-        segment=jnp.cumsum(to_chunks(plan, in_place, starts).astype(jnp.int32), axis=-1),
+        real=in_lanes(plan, to_chunks(plan, in_place, real), axis=1),
+        segment=jnp.cumsum(
+            in_lanes(plan, to_chunks(plan, in_place, starts), axis=1).astype(jnp.int32), axis=-1
+        ),
     )
 
 
@@ -126,16 +128,24 @@ def from_rows(plan: Plan, order: Order, x):
 
 
 def to_chunks(plan: Plan, order: Order, x):
-    """`[B, T, ...]` to `[N, z, C, ...]`, zeros where there is no token."""
+    """`[B, T, ...]` to `[N, z C, ...]`, zeros where there is no token.
+
+    One axis for z and C: with z = 1 as an axis of its own, XLA would copy each operand of a scan for its layout.
+    """
     x = to_rows(plan, order, x)
     x = x.reshape(x.shape[0], plan.steps, plan.chunk, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
+    return jnp.swapaxes(x, 0, 1).reshape(plan.steps, -1, *x.shape[3:])
 
 
 def from_chunks(plan: Plan, order: Order, x):
-    """`[N, z, C, ...]` back to `[B, T, ...]`."""
-    x = jnp.moveaxis(x, 0, 1)
+    """`[N, z C, ...]` back to `[B, T, ...]`."""
+    x = jnp.swapaxes(in_lanes(plan, x, axis=1), 0, 1)
     return from_rows(plan, order, x.reshape(x.shape[0], -1, *x.shape[3:]))
+
+
+def in_lanes(plan: Plan, x, *, axis: int = 0):
+    """`[..., z C, ...]` to `[..., z, C, ...]`."""
+    return x.reshape(*x.shape[:axis], -1, plan.chunk, *x.shape[axis + 1 :])
 
 
 def through_lanes(plan: Plan, entry, transition, extra, *, reverse=False):
@@ -175,11 +185,12 @@ def places(order: Order) -> Order:
 
 
 def load(plan: Plan, place: Order, query, key, value, g, beta) -> Tokens:
-    """One chunk's operands, wide, heads first and by groups: padding is zero whatever it held."""
+    """One chunk's operands, each `[z C, ...]`, wide, heads first and by groups: padding is zero whatever it held."""
     compute = algebra.compute_dtype(value.dtype)
-    heads = key.shape[2]
+    heads = key.shape[1]
 
     def clean(x):
+        x = in_lanes(plan, x)
         if place.real is not None:
             x = jnp.where(place.real.reshape(place.real.shape + (1,) * (x.ndim - 2)), x, 0)
         return jnp.moveaxis(x.astype(compute), 1, 2)
@@ -191,14 +202,20 @@ def load(plan: Plan, place: Order, query, key, value, g, beta) -> Tokens:
     return Tokens(q, k, by_group(clean(value), heads), decay, by_group(clean(beta), heads))
 
 
+def load_output(plan: Plan, x, heads, dtype):
+    """One chunk of what has the output's shape, `[z C, Hv, Dv]`, to `[z, h, n, C, Dv]`."""
+    return by_group(jnp.moveaxis(in_lanes(plan, x), 1, 2).astype(dtype), heads)
+
+
 def by_group(x, heads):
     """`[z, Hv, C, ...]` to `[z, h, n, C, ...]`."""
     return x.reshape(x.shape[0], heads, x.shape[1] // heads, *x.shape[2:])
 
 
 def join_groups(x):
-    """`[z, h, n, C, Dv]` to `[z, C, Hv, Dv]`."""
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, 2)
+    """`[z, h, n, C, Dv]` to `[z C, Hv, Dv]`."""
+    x = jnp.moveaxis(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, 2)
+    return x.reshape(-1, *x.shape[2:])
 
 
 def enter(state, place: Order, bank, *, at: str = "first"):
@@ -229,6 +246,7 @@ def lane(plan: Plan, state, index):
 
 
 def all_chunks(plan: Plan, order: Order, tokens: Tokens) -> Tokens:
+    """`[N, z C, ...]` of every operand."""
     return Tokens(*(to_chunks(plan, order, x) for x in tokens))
 
 
