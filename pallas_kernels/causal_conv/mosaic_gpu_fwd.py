@@ -18,7 +18,6 @@ Shared memory: `(2 ROWS + HALO) dim` values for each of the (one or two) dims. S
 (arXiv 2312.00752, section 3.4), as in Gated Delta Networks (arXiv 2412.06464, section 3.4).
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -29,45 +28,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mosaic_gpu
 from pallas_kernels._l2norm import EPSILON
+from pallas_kernels.causal_conv.mosaic_gpu_tile import (
+    Inputs,
+    Shapes,
+    Tile,
+    fetch,
+    matrix,
+    per_channel,
+    place_state,
+    sigmoid,
+)
 from pallas_kernels.causal_conv.tuning import HALO, ROWS, slab
-
-VECTOR = 4  # values of a thread that lie side by side
-
-
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """Everything static about one kernel."""
-
-    batch: int
-    length: int
-    heads: int
-    width: int
-    key_dim: int
-    value_dim: int
-    group: int
-    dtype: Any
-    taps: bool
-    state: bool
-    bias: bool
-    use_qk_l2norm: bool
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        # The last is the fastest: blocks that run together read whole tokens.
-        tiles = _mosaic_gpu.round_up(self.length, ROWS) // ROWS
-        return (self.batch, tiles, self.heads * (2 + self.group))
-
-
-def matrix(dim: int) -> Any:
-    """Register layout of `[slab, dim]`: a warp owns whole rows."""
-    lanes = 8 if dim == 96 else min(32, dim // VECTOR)  # side by side; the others take further rows
-    rows = 32 // lanes
-    columns = lanes * VECTOR
-    if rows == 1:
-        tiling = plgpu.Tiling(((4, columns), (VECTOR,)))
-        return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
-    tiling = plgpu.Tiling(((4 * rows, columns), (rows, columns), (VECTOR,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def scratch_spec(shapes: Shapes) -> dict[str, Any]:
@@ -79,76 +50,13 @@ def scratch_spec(shapes: Shapes) -> dict[str, Any]:
     return spec
 
 
-class Inputs:
-    """References by name; None where the call has no such operand."""
-
-    def __init__(self, shapes: Shapes, references):
-        rest = list(references)
-        self.mixed, self.weight = rest.pop(0), rest.pop(0)
-        self.bias = rest.pop(0) if shapes.bias else None
-        self.taps = rest.pop(0) if shapes.taps else None
-        self.first = rest.pop(0) if shapes.taps and shapes.state else None
-        self.state = rest.pop(0) if shapes.state else None
-
-
-def per_channel(ref, place, layout):
-    """One value per channel of a block, in float32."""
-    return plgpu.load(ref.at[place], layout=layout.reduce(0), optimized=False).astype(jnp.float32)
-
-
-def fetch(shapes: Shapes, inputs: Inputs, s, tile, place) -> None:
-    """The block's inputs and those before it in shared memory."""
-    row, start, head, channels = place
-    plgpu.copy_gmem_to_smem(
-        inputs.mixed.at[row, pl.ds(start, ROWS), head, channels],
-        tile.at[pl.ds(HALO, ROWS)],
-        s.ready,
-    )
-    if shapes.width > 1:
-        # The first block copies anything: nothing, or the initial state, stands before it.
-        before = pl.ds(jnp.maximum(start - HALO, 0), HALO)
-        plgpu.copy_gmem_to_smem(
-            inputs.mixed.at[row, before, head, channels], tile.at[pl.ds(0, HALO)], s.ready
-        )
-    plgpu.barrier_wait(s.ready)
-
-
-def place_state(shapes: Shapes, inputs: Inputs, tile, place) -> None:
-    """The initial state, or zeros, where it ends at the row's first real token."""
-    row, start, head, channels = place
-    if shapes.width == 1 or (shapes.taps and not shapes.state):
-        return  # nothing before the first real token is seen
-    dim = tile.shape[1]
-    layout = matrix(dim)
-    first = jnp.int32(0) if inputs.first is None else inputs.first[row]
-
-    @pl.when((first > start - shapes.width) & (first < start + ROWS + shapes.width))
-    def _():
-        for lag in range(1, shapes.width):
-            local = HALO + first - lag - start
-            if inputs.state is None:
-                value = plgpu.layout_cast(jnp.zeros((dim,), shapes.dtype), layout.reduce(0))
-            else:
-                value = per_channel(
-                    inputs.state, (row, shapes.width - lag, head, channels), layout
-                ).astype(shapes.dtype)
-
-            @pl.when((local >= 0) & (local < HALO + ROWS))
-            def _(local=local, value=value):
-                tile.at[local][...] = value
-
-        plgpu.commit_smem()
-
-
 def convolve(shapes: Shapes, inputs: Inputs, tile, made, place, normalise: bool) -> None:
     """The block's outputs in shared memory."""
     row, start, head, channels = place
     dim = tile.shape[1]
     layout, count = matrix(dim), slab(dim)
-    shape = (count, dim)
-    down = lambda x: lax.broadcast_in_dim(x, shape, [1])
-    across = lambda x: lax.broadcast_in_dim(x, shape, [0])
-    taps = [per_channel(inputs.weight, (w, head, channels), layout) for w in range(shapes.width)]
+    on = Tile((count, dim), layout)
+    weights = [per_channel(inputs.weight, (w, head, channels), layout) for w in range(shapes.width)]
     bias = None if inputs.bias is None else per_channel(inputs.bias, (head, channels), layout)
 
     @pl.loop(0, ROWS // count)
@@ -156,49 +64,34 @@ def convolve(shapes: Shapes, inputs: Inputs, tile, made, place, normalise: bool)
         offset = index * count
         seen = None
         if inputs.taps is not None:
-            seen = plgpu.load(
-                inputs.taps.at[row, pl.ds(start + offset, count)],
-                layout=layout.reduce(1),
-                optimized=False,
-            )
-        total = jnp.zeros(shape, jnp.float32) if bias is None else down(bias)
-        total = plgpu.layout_cast(total, layout)
+            tokens = pl.ds(start + offset, count)
+            seen = plgpu.load(inputs.taps.at[row, tokens], layout=layout.reduce(1), optimized=False)
+        total = on.zeros() if bias is None else on.down(bias)
         for lag in range(shapes.width):
-            window = plgpu.load(tile.at[pl.ds(HALO - lag + offset, count)], layout=layout)
-            window = window.astype(jnp.float32)
+            window = on.load(tile, HALO - lag + offset).astype(jnp.float32)
             if seen is not None:
-                window = jnp.where(across(seen & (1 << lag)) != 0, window, 0.0)
-            total = total + down(taps[shapes.width - 1 - lag]) * window
-        out = silu(total)
+                window = jnp.where(on.across(seen & (1 << lag)) != 0, window, 0.0)
+            total = total + on.down(weights[shapes.width - 1 - lag]) * window
+        out = total * sigmoid(total)
         if seen is not None:  # a real token sees itself
-            out = jnp.where(across(seen & 1) != 0, out, 0.0)
+            out = jnp.where(on.across(seen & 1) != 0, out, 0.0)
         if normalise:
-            out = out * across(lax.rsqrt(jnp.sum(out * out, axis=1) + EPSILON))
+            out = out * on.across(lax.rsqrt(jnp.sum(out * out, axis=1) + EPSILON))
         made.at[pl.ds(offset, count)][...] = out.astype(shapes.dtype)
-
-
-def sigmoid(x):
-    """`1 / (1 + exp(-x))`; a reciprocal as the square of a root, because a division takes ten instructions."""
-    root = lax.rsqrt(1.0 + jnp.exp(-x))
-    return root * root
-
-
-def silu(x):
-    """`x sigmoid(x)`."""
-    return x * sigmoid(x)
 
 
 def block(shapes: Shapes, inputs: Inputs, outputs, s) -> None:
     """`ROWS` tokens of one head of queries, keys or values."""
     row, tile_index, part = (lax.axis_index(name) for name in ("row", "tile", "part"))
     start = tile_index * ROWS
-    head, member = lax.div(part, 2 + shapes.group), lax.rem(part, 2 + shapes.group)
+    head, member = shapes.part(part)
     query, key, value = outputs
 
     def run(dim, first_channel, normalise):
         tile, made = getattr(s, f"inputs_{dim}"), getattr(s, f"made_{dim}")
         place = (row, start, head, pl.ds(first_channel, dim))
-        fetch(shapes, inputs, s, tile, place)
+        fetch(shapes, inputs, tile, place, s.ready)
+        plgpu.barrier_wait(s.ready)
         place_state(shapes, inputs, tile, place)
         convolve(shapes, inputs, tile, made, place, normalise)
         plgpu.commit_smem()
@@ -260,7 +153,7 @@ def forward(
             struct((batch, length, heads * group, value_dim), mixed.dtype),
         ),
         scratch_types=scratch_spec(shapes),
-        grid=shapes.grid,
+        grid=shapes.grid(ROWS),
         grid_names=("row", "tile", "part"),
         num_threads=1,
         thread_name="warpgroup",

@@ -118,14 +118,14 @@ def final_state(mixed, weight, initial_state, segment_ids):
     return jnp.where((own == own[:, -1:])[..., None, None], window, 0)
 
 
-def taps(segment_ids, width, *, has_state: bool, multiple: int):
+def taps(segment_ids, width, *, has_state: bool, size: int):
     """`(taps, first)`: what each token sees, for a kernel.
 
     Args:
       segment_ids: `[B, T]`.
       width: W.
       has_state: whether there is an initial state to see.
-      multiple: of which the length of the result is.
+      size: T', the length of the result.
 
     Returns:
       taps: `[B, T']` int32; bit l is set if a token sees the place l before it. Padding sees nothing, not even itself.
@@ -140,7 +140,12 @@ def taps(segment_ids, width, *, has_state: bool, multiple: int):
         if not has_state:
             same = same & (place - lag >= rows.first[:, None])
         seen = seen | jnp.where(same, jnp.int32(1 << lag), 0)
-    return jnp.pad(seen, ((0, 0), (0, -length % multiple))), rows.first
+    return jnp.pad(seen, ((0, 0), (0, size - length))), rows.first
+
+
+def first_real(segment_ids):
+    """`[B]`, each row's first real token; 0 in a row of padding."""
+    return _Rows.of(segment_ids, 1).first
 
 
 class _Rows(NamedTuple):

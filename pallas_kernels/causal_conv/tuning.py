@@ -11,12 +11,25 @@ HEAD_DIMS = (64, 96, 128, 256)
 ROWS = 64
 # Tokens before a block that are copied with it: a copy into shared memory must begin at 128 bytes.
 HALO = 8
+# Places that a table of taps has beyond its last block: the backward kernel looks at the tokens after a block.
+AFTER = 16
 
 
 def slab(dim: int) -> int:
     """Tokens that a block works on at once: 16 values per thread, independent enough to hide latencies, with the
     filter beside them in 64 registers."""
     return 16 if dim == 96 else 2048 // dim
+
+
+def backward_slab(dim: int) -> int:
+    """As `slab`, for the backward kernel, which holds the filter's gradient too: 8 values per thread."""
+    return 16 if dim == 96 else 1024 // dim
+
+
+def backward_rows(dim: int, *, itemsize: int) -> int:
+    """Tokens of a backward block: 64 where three blocks then share a multiprocessor (72 KiB at 128 channels of 16
+    bits); wider ones hold 32, so that two do."""
+    return ROWS if dim * itemsize <= 256 else ROWS // 2
 
 
 def unsupported_reason(
