@@ -21,7 +21,13 @@ from gqa_jax.masks import right_padding_segment_ids
 from gqa_jax.norms import GatedRMSNorm
 from gqa_jax.projection import Projection
 from gqa_jax.sharding import MeshAxes
-from pallas_kernels import causal_conv1d, gated_delta_rule, gated_delta_rule_step
+from pallas_kernels import (
+    QKVConvOutput,
+    causal_conv1d,
+    causal_conv1d_qkv,
+    gated_delta_rule,
+    gated_delta_rule_step,
+)
 
 MAX_DECODE_TOKENS = 8  # what `gated_delta_rule_step` takes; longer steps are prefill
 
@@ -74,6 +80,27 @@ class DepthwiseConv(nnx.Module):
             initial_state = initial_state.reshape(-1, width, flat).astype(x.dtype)
         out, final = causal_conv1d(*inputs, initial_state=initial_state, **options)
         return out.reshape(x.shape), final.reshape(-1, width, heads, channels)
+
+    def normalised_qkv(
+        self,
+        projected: Array,
+        *,
+        dims: tuple[int, int],
+        initial_state: Array | None,
+        segment_ids: Array | None,
+    ) -> QKVConvOutput:
+        """Queries and keys of length 1 and values of `[B, T, Hk, q | k | v | ...]`, in one pass; `dims` are Dk, Dv."""
+        dtype = projected.dtype
+        return causal_conv1d_qkv(
+            projected,
+            self.kernel[...].astype(dtype),
+            key_dim=dims[0],
+            value_dim=dims[1],
+            bias=None if self.bias is None else self.bias[...].astype(dtype),
+            use_qk_l2norm=True,
+            initial_state=None if initial_state is None else initial_state.astype(dtype),
+            segment_ids=segment_ids,
+        )
 
 
 class GatedDeltaNet(nnx.Module):
@@ -238,18 +265,30 @@ class GatedDeltaNet(nnx.Module):
         key_dim, value_dim = config.key_head_dim, config.value_head_dim
         values = config.v_per_key * value_dim
         projected = checkpoint_name(self.in_proj(x), "qkv")  # [B, T, Hk, q | k | v | z]
-        mixed, gate = projected[..., :-values], projected[..., -values:]
-        mixed, conv = self.conv(
-            mixed,
-            initial_state=conv,
-            segment_ids=segment_ids,
-            context_parallel=self.context_parallel,
-        )
-        query, key = mixed[..., :key_dim], mixed[..., key_dim : 2 * key_dim]
+        gate = projected[..., -values:]
         per_value_head = (batch, length, config.num_value_heads, value_dim)
-        value = mixed[..., 2 * key_dim :].reshape(per_value_head)
+        is_step = state is not None and length <= MAX_DECODE_TOKENS
+        # Over rows that are spread over devices, and in a step, the delta rule normalises.
+        separate = is_step or self.context_parallel is not None
+        if separate:
+            mixed, conv = self.conv(
+                projected[..., :-values],
+                initial_state=conv,
+                segment_ids=segment_ids,
+                context_parallel=self.context_parallel,
+            )
+            query, key = mixed[..., :key_dim], mixed[..., key_dim : 2 * key_dim]
+            value = mixed[..., 2 * key_dim :].reshape(per_value_head)
+        else:
+            query, key, value, conv = self.conv.normalised_qkv(
+                projected,
+                dims=(key_dim, value_dim),
+                initial_state=conv,
+                segment_ids=segment_ids,
+            )
         g, beta = self._gates(x)
-        if state is not None and length <= MAX_DECODE_TOKENS:
+        if is_step:
+            assert state is not None
             if segment_ids is not None:  # g = 0 and beta = 0 leave the state as it is, bit by bit
                 pads = (segment_ids < 0)[..., None]
                 g, beta = (jnp.where(pads, jnp.zeros((), v.dtype), v) for v in (g, beta))
@@ -258,7 +297,7 @@ class GatedDeltaNet(nnx.Module):
             options: dict[str, Any] = dict(
                 initial_state=state,
                 segment_ids=segment_ids,
-                use_qk_l2norm=True,
+                use_qk_l2norm=separate,
                 chunk_size=config.chunk_size,
             )
             if self.context_parallel is None:

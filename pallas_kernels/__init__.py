@@ -11,7 +11,9 @@ from pallas_kernels.attention.api import gqa_attention as gqa_attention
 from pallas_kernels.attention.api import gqa_attention_qkv as gqa_attention_qkv
 from pallas_kernels.attention.api import gqa_attention_with_lse as gqa_attention_with_lse
 from pallas_kernels.causal_conv.api import CausalConvOutput as CausalConvOutput
+from pallas_kernels.causal_conv.api import QKVConvOutput as QKVConvOutput
 from pallas_kernels.causal_conv.api import causal_conv1d as causal_conv1d
+from pallas_kernels.causal_conv.api import causal_conv1d_qkv as causal_conv1d_qkv
 from pallas_kernels.decode.api import decode_attention as decode_attention
 from pallas_kernels.delta_rule.api import GatedDeltaRuleOutput as GatedDeltaRuleOutput
 from pallas_kernels.delta_rule.api import GatedDeltaRuleStepOutput as GatedDeltaRuleStepOutput

@@ -14,6 +14,7 @@ _EXPLAINERS: dict[str, Callable[..., Explanation]] = {
     "gated_delta_rule": delta_rule.explain_gated_delta_rule,
     "gated_delta_rule_step": delta_rule.explain_gated_delta_rule_step,
     "causal_conv1d": causal_conv.explain_causal_conv1d,
+    "causal_conv1d_qkv": causal_conv.explain_causal_conv1d_qkv,
     "decode_attention": decode.explain_decode_attention,
 }
 

@@ -91,6 +91,7 @@ SIBLINGS = {  # inside one operator: file -> siblings it may import
         "order",
         "mosaic_gpu_mask",
         "mosaic_gpu_chunk",
+        "mosaic_gpu_tile",
         "mosaic_gpu_tuning",
     },
     "mosaic_gpu_bwd": {
@@ -101,8 +102,10 @@ SIBLINGS = {  # inside one operator: file -> siblings it may import
         "mosaic_gpu_chains",
         "mosaic_gpu_chunk",
         "mosaic_gpu_gradients",
+        "mosaic_gpu_tile",
         "mosaic_gpu_tuning",
     },
+    "mosaic_gpu_tile": {"tuning"},
     "mosaic_gpu_chains": {"order", "mosaic_gpu_chunk", "mosaic_gpu_tuning"},
     "mosaic_gpu_gradients": {"order", "mosaic_gpu_chains", "mosaic_gpu_chunk"},
     "mosaic_gpu_mask": set(),

@@ -5,8 +5,8 @@ from typing import Literal, NamedTuple
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import _checks, _dispatch
-from pallas_kernels.causal_conv import reference
+from pallas_kernels import _checks, _dispatch, _sharding
+from pallas_kernels.causal_conv import reference, tuning, vjp
 
 
 class CausalConvOutput(NamedTuple):
@@ -19,6 +19,22 @@ class CausalConvOutput(NamedTuple):
     """
 
     out: jax.Array
+    final_state: jax.Array
+
+
+class QKVConvOutput(NamedTuple):
+    """What the delta rule reads, and the inputs that the next call needs.
+
+    Attributes:
+      query, key: `[B, T, Hk, Dk]`, the input's dtype.
+      value: `[B, T, Hv, Dv]`, the input's dtype.
+      final_state: `[B, W, Hk, 2 Dk + n Dv]`, the last W inputs, oldest first; pass it as `initial_state` of the call
+        that continues the sequence.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
     final_state: jax.Array
 
 
@@ -70,6 +86,59 @@ def causal_conv1d(
     )
 
 
+def causal_conv1d_qkv(
+    mixed: Float[Array, "B T Hk F"],
+    weight: Float[Array, "W Hk C"],
+    *,
+    key_dim: int,
+    value_dim: int,
+    bias: Float[Array, "Hk C"] | None = None,
+    use_qk_l2norm: bool = False,
+    initial_state: Float[Array, "B W Hk C"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> QKVConvOutput:
+    """`causal_conv1d` with SiLU over a fused projection, split into queries, keys and values that may be normalised.
+
+    With n = Hv // Hk value heads per key head and C = 2 Dk + n Dv, the channels of a key head are
+    `query Dk | key Dk | value n Dv`; value head j belongs to key head j // n.
+
+    Args:
+      mixed: `[B, T, Hk, F]`, F >= C. Channels beyond C (the output gate of a fused projection) are not read: passing
+        the projection whole saves the copy that a slice of it would be. Their gradient is 0.
+      weight: `[W, Hk, C]`; `weight[W - 1]` multiplies the current token.
+      key_dim, value_dim: Dk, Dv.
+      bias: `[Hk, C]`.
+      use_qk_l2norm: divides each query and key by its length, `x * rsqrt(sum x^2 + 1e-6)`, as `gated_delta_rule` would;
+        then call that with `use_qk_l2norm=False`.
+      initial_state: `[B, W, Hk, C]`, as for `causal_conv1d`.
+      segment_ids: `[B, T]`, as for `causal_conv1d`.
+      implementation: None takes "reference": XLA, any device, any dims, differentiable to any order, vmap, `shard_map`.
+        "mosaic_gpu" is one kernel for sm_90: bf16, fp16, fp32; Dk and Dv of 64, 96, 128 or 256; W <= 9; gradients
+        through the reference; vmap; `shard_map` with `check_vma=False` only. Both are deterministic.
+
+    Sums, SiLU and norms are float32 (float64 for float64), rounded once, to the input's dtype.
+
+    Raises:
+      TypeError, ValueError: naming the argument.
+      NotImplementedError: `implementation` cannot run this call, with the reason.
+
+    Source: the short convolution of Gated Delta Networks (arXiv 2412.06464, section 3.4).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> made = causal_conv1d_qkv(jnp.ones((1, 5, 2, 24)), jnp.ones((4, 2, 24)), key_dim=4, value_dim=8)
+      >>> made.query.shape, made.value.shape
+      ((1, 5, 2, 4), (1, 5, 4, 8))
+    """
+    sizes = _check_qkv(mixed, weight, key_dim, value_dim, bias, initial_state, segment_ids)
+    reasons = _reasons_qkv(sizes, mixed, key_dim, value_dim)
+    chosen = _dispatch.resolve("causal_conv1d_qkv", implementation, reasons)
+    options = vjp.Options(key_dim, value_dim, use_qk_l2norm)
+    operands = vjp.Operands(mixed, weight, bias, initial_state, segment_ids)
+    return QKVConvOutput(*vjp.causal_conv_qkv(chosen, options, operands))
+
+
 def explain_causal_conv1d(
     x,
     weight,
@@ -86,7 +155,36 @@ def explain_causal_conv1d(
     return _dispatch.explain("causal_conv1d", _REASONS)
 
 
+def explain_causal_conv1d_qkv(
+    mixed,
+    weight,
+    *,
+    key_dim,
+    value_dim,
+    bias=None,
+    use_qk_l2norm=False,
+    initial_state=None,
+    segment_ids=None,
+    implementation=None,
+) -> _dispatch.Explanation:
+    """Implementation choice for `causal_conv1d_qkv`."""
+    del use_qk_l2norm, implementation
+    sizes = _check_qkv(mixed, weight, key_dim, value_dim, bias, initial_state, segment_ids)
+    return _dispatch.explain("causal_conv1d_qkv", _reasons_qkv(sizes, mixed, key_dim, value_dim))
+
+
 _REASONS: dict[str, str | None] = {"reference": None}
+
+
+def _reasons_qkv(sizes, mixed, key_dim, value_dim) -> dict[str, str | None]:
+    # The reference first: nobody is given a kernel that only an interpreter and a compiler have seen.
+    return {
+        name: tuning.unsupported_reason(
+            name, dtype=mixed.dtype, sizes=sizes, key_dim=key_dim, value_dim=value_dim,
+            varying=_sharding.is_varying(mixed), compute_capability=_dispatch.compute_capability(),
+        )
+        for name in ("reference", "mosaic_gpu")
+    }  # fmt: skip
 
 
 def _check(x, weight, bias, activation, initial_state, segment_ids) -> None:
@@ -107,3 +205,36 @@ def _check(x, weight, bias, activation, initial_state, segment_ids) -> None:
     if segment_ids is not None:
         _checks.check_array("segment_ids", segment_ids, "B T", sizes)
         _checks.check_integer("segment_ids", segment_ids)
+
+
+def _check_qkv(
+    mixed, weight, key_dim, value_dim, bias, initial_state, segment_ids
+) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    _checks.check_array("mixed", mixed, "B T Hk F", sizes)
+    _checks.check_array("weight", weight, "W Hk C", sizes)
+    _checks.check_float("mixed", mixed)
+    _checks.check_float("weight", weight)
+    if sizes["W"] < 1:
+        raise ValueError("`weight` must have at least one tap, got W=0")
+    for name, dim in (("key_dim", key_dim), ("value_dim", value_dim)):
+        if dim < 1:
+            raise ValueError(f"`{name}` must be positive, got {dim}")
+    channels = sizes["C"]
+    values = channels - 2 * key_dim
+    if values < value_dim or values % value_dim:
+        raise ValueError(
+            f"`weight` must have C = 2 Dk + n Dv channels with Dk={key_dim}, Dv={value_dim}, n >= 1, got C={channels}"
+        )
+    if sizes["F"] < channels:
+        raise ValueError(f"`mixed` must have at least C={channels} channels, got F={sizes['F']}")
+    if bias is not None:
+        _checks.check_array("bias", bias, "Hk C", sizes)
+        _checks.check_float("bias", bias)
+    if initial_state is not None:
+        _checks.check_array("initial_state", initial_state, "B W Hk C", sizes)
+        _checks.check_float("initial_state", initial_state)
+    if segment_ids is not None:
+        _checks.check_array("segment_ids", segment_ids, "B T", sizes)
+        _checks.check_integer("segment_ids", segment_ids)
+    return sizes

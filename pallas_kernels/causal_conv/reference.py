@@ -10,10 +10,60 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._l2norm import l2_normalize
+
 
 @functools.partial(jax.jit, static_argnames="activation", inline=True)
 def causal_conv(x, weight, *, bias, activation, initial_state, segment_ids):
     """Returns `(out [B, T, F], final_state [B, W, F])`; sums in float32 (float64 for float64)."""
+    made = _convolved(x, weight, bias, initial_state, segment_ids)
+    out = made.total if activation is None else activation(made.total)
+    return made.masked(out).astype(x.dtype), made.final_state
+
+
+@functools.partial(jax.jit, static_argnames=("key_dim", "value_dim", "use_qk_l2norm"), inline=True)
+def causal_conv_qkv(
+    mixed, weight, *, bias, initial_state, segment_ids, key_dim, value_dim, use_qk_l2norm
+):
+    """`(query, key, value, final_state)`; arguments as for the operator. Rounded once, after the norm."""
+    batch, length = mixed.shape[:2]
+    width, heads, channels = weight.shape
+    flat = heads * channels
+    made = _convolved(
+        mixed[..., :channels].reshape(batch, length, flat),
+        weight.reshape(width, flat),
+        None if bias is None else bias.reshape(flat),
+        None if initial_state is None else initial_state.reshape(batch, width, flat),
+        segment_ids,
+    )
+    out = made.masked(jax.nn.silu(made.total)).reshape(batch, length, heads, channels)
+    query, key, value = jnp.split(out, (key_dim, 2 * key_dim), axis=-1)
+    if use_qk_l2norm:
+        query, key = l2_normalize(query), l2_normalize(key)
+    value = value.reshape(batch, length, heads * (value.shape[-1] // value_dim), value_dim)
+    final_state = made.final_state.reshape(batch, width, heads, channels)
+    return *(part.astype(mixed.dtype) for part in (query, key, value)), final_state
+
+
+class _Convolved(NamedTuple):
+    """Sums of a convolution before activation and rounding.
+
+    Attributes:
+      total: `[B, T, F]`, in float32 or wider.
+      real: None, or `[B, T]` bool: where it is not padding.
+      final_state: `[B, W, F]`.
+    """
+
+    total: jax.Array
+    real: jax.Array | None
+    final_state: jax.Array
+
+    def masked(self, out):
+        """`out [B, T, F]`, 0 at padding."""
+        return out if self.real is None else jnp.where(self.real[..., None], out, 0.0)
+
+
+def _convolved(x, weight, bias, initial_state, segment_ids) -> _Convolved:
     batch, length, features = x.shape
     width = weight.shape[0]
     compute = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
@@ -36,12 +86,66 @@ def causal_conv(x, weight, *, bias, activation, initial_state, segment_ids):
         total = total + window.astype(compute) * weight[width - 1 - lag].astype(compute)[None, None]
     if bias is not None:
         total = total + bias.astype(compute)[None, None]
-    if activation is not None:
-        total = activation(total)
     if rows is None:
-        return total.astype(x.dtype), history[:, length:]
-    out = jnp.where(rows.real[..., None], total, 0.0).astype(x.dtype)
-    return out, jax.vmap(_last_window, in_axes=(0, 0, 0, None))(history, rows.ids, rows.end, width)
+        return _Convolved(total, None, history[:, length:])
+    final = jax.vmap(_last_window, in_axes=(0, 0, 0, None))(history, rows.ids, rows.end, width)
+    return _Convolved(total, rows.real, final)
+
+
+def final_state(mixed, weight, initial_state, segment_ids):
+    """The final state of `causal_conv_qkv` alone: W rows gathered, the rest of `mixed` not touched."""
+    batch, length = mixed.shape[:2]
+    width, _, channels = weight.shape
+    before = initial_state
+    if before is None:
+        before = jnp.zeros((batch, *weight.shape), mixed.dtype)
+    first, end = (jnp.full((batch,), n, jnp.int32) for n in (0, length))
+    rows = None
+    if segment_ids is not None:
+        rows = _Rows.of(segment_ids, width)
+        first, end = rows.first, rows.end
+
+    def gather(x, places):
+        return jnp.take_along_axis(x, places[:, :, None, None], axis=1, mode="clip")
+
+    places = end[:, None] - width + jnp.arange(width, dtype=jnp.int32)[None]
+    window = gather(mixed, places)[..., :channels]
+    old = gather(before.astype(mixed.dtype), places - first[:, None] + width)
+    window = jnp.where((places < first[:, None])[..., None, None], old, window)
+    if rows is None:
+        return window
+    own = jax.vmap(jax.lax.dynamic_slice_in_dim, (0, 0, None))(rows.ids, rows.end, width)
+    return jnp.where((own == own[:, -1:])[..., None, None], window, 0)
+
+
+def taps(segment_ids, width, *, has_state: bool, size: int):
+    """`(taps, first)`: what each token sees, for a kernel.
+
+    Args:
+      segment_ids: `[B, T]`.
+      width: W.
+      has_state: whether there is an initial state to see.
+      size: T', the length of the result.
+
+    Returns:
+      taps: `[B, T']` int32; bit l is set if a token sees the place l before it. Padding sees nothing, not even itself.
+      first: `[B]` int32, each row's first real token, before which the initial state ends.
+    """
+    length = segment_ids.shape[1]
+    rows = _Rows.of(segment_ids, width)
+    place = jnp.arange(length, dtype=jnp.int32)[None]
+    seen = jnp.zeros(segment_ids.shape, jnp.int32)
+    for lag in range(width):
+        same = (rows.ids[:, width - lag : width - lag + length] == segment_ids) & rows.real
+        if not has_state:
+            same = same & (place - lag >= rows.first[:, None])
+        seen = seen | jnp.where(same, jnp.int32(1 << lag), 0)
+    return jnp.pad(seen, ((0, 0), (0, size - length))), rows.first
+
+
+def first_real(segment_ids):
+    """`[B]`, each row's first real token; 0 in a row of padding."""
+    return _Rows.of(segment_ids, 1).first
 
 
 class _Rows(NamedTuple):

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels._l2norm import EPSILON
+from pallas_kernels._l2norm import l2_normalize as l2_normalize
+
 BLOCK = 16  # width of the substitution inside the triangular inverse
 
 
@@ -30,16 +33,6 @@ def for_values(x, value_heads):
 def compute_dtype(dtype):
     """What sums, gates and states are held in: float32, or float64 for float64 inputs."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
-def l2_normalize(x):
-    """`x * rsqrt(sum(x^2) + 1e-6)` over the last axis in float32; zero rows have zero gradient."""
-    compute = compute_dtype(x.dtype)
-    wide = x.astype(compute)
-    squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    is_zero = squared == 0.0
-    inverse = jax.lax.rsqrt(jnp.where(is_zero, 1.0, squared) + jnp.asarray(1e-6, compute))
-    return jnp.where(is_zero, 0.0, wide * inverse)
 
 
 def segment_starts(segment_ids):
@@ -366,7 +359,7 @@ def write_and_read(state, query, key, value, decay, beta, *, scale, use_qk_l2nor
     total = lambda tile: jnp.sum(tile, axis=0)
 
     def inverse_length(x):
-        return jax.lax.rsqrt(total(down(x * x)) + 1e-6) if use_qk_l2norm else 1.0
+        return jax.lax.rsqrt(total(down(x * x)) + EPSILON) if use_qk_l2norm else 1.0
 
     of_key, of_query = inverse_length(key), inverse_length(query)
     state = state * down(decay)

@@ -7,54 +7,7 @@ import pytest
 
 from pallas_kernels import causal_conv1d, explain
 from tests.support.compare import assert_bitwise_equal, assert_close
-
-
-def oracle(x, weight, bias, silu, initial_state, ids):
-    """Float64, one token at a time; each row's history is a list of (segment, input)."""
-    batch, _, features = x.shape
-    width = len(weight)
-    out, final = np.zeros_like(x), np.zeros((batch, width, features))
-
-    def window(places, t, own):
-        taps = (places.get(s, (None, None)) for s in range(t - width + 1, t + 1))
-        return [tap if segment == own else np.zeros(features) for segment, tap in taps]
-
-    for b in range(batch):
-        real = np.flatnonzero(ids[b] >= 0)
-        own = ids[b, real[0]] if len(real) else 0
-        begin = real[0] if len(real) else 0
-        places = {begin - width + w: (own, initial_state[b, w]) for w in range(width)}
-        places |= {t: (ids[b, t], x[b, t]) for t in real}
-        for t in real:
-            total = (
-                sum(w * tap for w, tap in zip(weight, window(places, t, ids[b, t]), strict=True))
-                + bias
-            )
-            out[b, t] = total / (1 + np.exp(-total)) if silu else total
-        end = real[-1] if len(real) else -1
-        final[b] = window(places, end, ids[b, end] if len(real) else own)
-    return out, final
-
-
-def arrays(seed, length, width, features=3, batch=4):
-    rng = np.random.default_rng(seed)
-    shapes = (batch, length, features), (width, features), (features,), (batch, width, features)
-    return tuple(rng.standard_normal(s).astype(np.float32).astype(np.float64) for s in shapes)
-
-
-def segments(kind, length, batch=4):
-    rng = np.random.default_rng(length)
-    place, cut = np.arange(length)[None], rng.integers(0, length + 1, (batch, 1))
-    return {
-        "none": np.zeros((batch, length), int),
-        "packed": np.sort(rng.integers(0, 4, (batch, length)), axis=1),
-        "right padding": np.where(place < cut, 5, -1),
-        "left padding": np.where(place < cut, -2, 5),
-        "everywhere": np.where(rng.random((batch, length)) < 0.4, -1, np.sort(rng.integers(0, 3, (batch, length)), 1)),
-    }[kind]  # fmt: skip
-
-
-KINDS = ("none", "packed", "right padding", "left padding", "everywhere")
+from tests.support.conv_cases import KINDS, arrays, oracle, segments
 
 
 @pytest.mark.parametrize("length, width", [(9, 4), (2, 4), (1, 1), (7, 1), (0, 3), (12, 7)])
