@@ -1,8 +1,8 @@
 """The Hopper forward kernels over a whole call: half-precision operands, T, maps of segments, then the chain.
 
 Queries and keys become float16 whatever they were: they have length about 1, where float16 is eight times finer than
-bfloat16; a query is first divided by a power of two. Values and states are divided, inside the kernels, by a power of
-two per head, so that nothing overflows. Head dims are filled up with zeros to 64 or 128.
+bfloat16; a query that is not normalised here is first divided by a power of two. Values and states are divided, inside
+the kernels, by a power of two per head, so that nothing overflows. Head dims are filled up with zeros to 64 or 128.
 
 A row cut into P segments ("lanes") is walked twice: the first time without outputs, from zero and from the identity
 (with values of zero), which yields each segment's affine map `S -> M S + E` of its start state.
@@ -72,8 +72,10 @@ def operands(plan: Plan, order: Order, tokens: Tokens, initial_state) -> Operand
     value = clean(tokens.value)
     if plan.use_qk_l2norm:
         query, key = algebra.l2_normalize(query), algebra.l2_normalize(key)
-    length = power_of_two(jnp.max(jnp.abs(query), axis=-1))
-    query = query / length[..., None]
+        length = jnp.ones_like(query[..., 0])
+    else:
+        length = power_of_two(jnp.max(jnp.abs(query), axis=-1))
+        query = query / length[..., None]
     read = plan.scale * jnp.swapaxes(length, 1, 2)
 
     sizes = jnp.max(jnp.abs(value), axis=(1, 3)).astype(jnp.float32)

@@ -2,9 +2,13 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels import _aot_delta_cases, aot
+from gqa_jax.planner.costs import costs
+from pallas_kernels import _aot_delta_cases, aot, gated_delta_rule
 from tests.support.aot import assert_fast, require
 
 CASES = {case.name: case for case in _aot_delta_cases.cases()}
@@ -33,6 +37,24 @@ def test_products_of_one_state_are_in_flight_together(label, products):
     # The state and the output are updated together; the next chunk waits for the state only.
     assert runs[start + 3] == ("HGMMA", 8), runs
     assert [op for op, _ in runs[start + 4 : start + 6]] == ["WAIT<=1", "WAIT<=0"], runs
+
+
+def test_bytes_of_a_whole_call():
+    """What XLA prepares for the kernels costs nearly as much traffic as they do: docs/MEASURED_KERNELS.md."""
+    require()
+    mesh, tokens = aot.topology("h200"), 8192
+    here = NamedSharding(mesh, PartitionSpec())
+
+    def wide(heads):
+        return jax.ShapeDtypeStruct((1, tokens, heads, 128), jnp.bfloat16, sharding=here)
+
+    gate = jax.ShapeDtypeStruct((1, tokens, 32), jnp.float32, sharding=here)
+    compiled = aot.compile_only(
+        lambda *x: gated_delta_rule(*x, use_qk_l2norm=True, implementation="mosaic_gpu"),
+        wide(16), wide(16), wide(32), gate, gate, mesh=mesh,
+    )  # fmt: skip
+    moved = costs(compiled.executable.as_text(), {}, aot.rates("h200")).traffic_bytes
+    assert 60 < moved / tokens / 1024 < 77
 
 
 def test_list_names_every_case(capsys):
