@@ -114,8 +114,9 @@ def causal_conv1d_qkv(
       initial_state: `[B, W, Hk, C]`, as for `causal_conv1d`.
       segment_ids: `[B, T]`, as for `causal_conv1d`.
       implementation: None takes "reference": XLA, any device, any dims, differentiable to any order, vmap, `shard_map`.
-        "mosaic_gpu" is one kernel for sm_90: bf16, fp16, fp32; Dk and Dv of 64, 96, 128 or 256; W <= 9; gradients
-        through the reference; vmap; `shard_map` with `check_vma=False` only. Both are deterministic.
+        "mosaic_gpu" is one kernel for sm_90: bf16, fp16, fp32; Dk and Dv of 64, 128 or 256; W <= 9; forward and
+        backward are one kernel each, a second derivative is XLA's; vmap; `shard_map` with `check_vma=False` only. Both
+        are deterministic.
 
     Sums, SiLU and norms are float32 (float64 for float64), rounded once, to the input's dtype.
 

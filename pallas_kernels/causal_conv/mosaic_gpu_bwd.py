@@ -40,6 +40,7 @@ from pallas_kernels.causal_conv.mosaic_gpu_tile import (
     Tile,
     base_rows,
     fetch,
+    lanes,
     matrix,
     per_channel,
     place_state,
@@ -212,9 +213,10 @@ def block(shapes: Shapes, inputs: Inputs, cotangents, outputs, s, rows: int) -> 
 
 
 def _options(shapes: Shapes) -> dict[str, Any]:
-    """As for every kernel, with room to add up what each of the four warps has of the filter's gradient."""
+    """As for every kernel, with room to add up what each thread has of the filter's gradient."""
     options = _mosaic_gpu.kernel_options()
-    room = 4 * 4 * max(shapes.key_dim, shapes.value_dim)
+    values = max(dim // lanes(dim) for dim in (shapes.key_dim, shapes.value_dim))  # of a thread
+    room = 4 * values * _mosaic_gpu.WARPGROUP
     parameters = dataclasses.replace(options["compiler_params"], reduction_scratch_bytes=room)
     return options | {"compiler_params": parameters}
 

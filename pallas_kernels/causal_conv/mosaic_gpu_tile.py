@@ -47,7 +47,7 @@ class Shapes:
 
 def lanes(dim: int) -> int:
     """Lanes of a warp that lie side by side; the others take further rows."""
-    return 8 if dim == 96 else min(32, dim // VECTOR)
+    return min(32, dim // VECTOR)
 
 
 def base_rows(dim: int) -> int:

@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 
 DTYPES = ("bfloat16", "float16", "float32")
-# Channels of one head, which one block normalises: 32 lanes times 4 values, or parts and multiples of that.
-HEAD_DIMS = (64, 96, 128, 256)
+# Channels of one head, which one block normalises: 32 lanes times 4 values, half or twice that. (At 96 channels a warp
+# is 8 lanes by 4 rows; the backward kernel then holds 12 values of each tap's gradient per thread, and spills.)
+HEAD_DIMS = (64, 128, 256)
 # Tokens of a block. The tokens before it are read again (`HALO / ROWS`, from the L2 cache): fewer would read more. At
 # 128 channels of 16 bits a block holds 34 KiB, so that six share a multiprocessor and 108 KiB of inputs are in flight
 # (bandwidth times latency is about 40 KiB).
@@ -18,12 +19,12 @@ AFTER = 16
 def slab(dim: int) -> int:
     """Tokens that a block works on at once: 16 values per thread, independent enough to hide latencies, with the
     filter beside them in 64 registers."""
-    return 16 if dim == 96 else 2048 // dim
+    return 2048 // dim
 
 
 def backward_slab(dim: int) -> int:
     """As `slab`, for the backward kernel, which holds the filter's gradient too: 8 values per thread."""
-    return 16 if dim == 96 else 1024 // dim
+    return 1024 // dim
 
 
 def backward_rows(dim: int, *, itemsize: int) -> int:
