@@ -25,6 +25,7 @@ from pallas_kernels import (
     QKVConvOutput,
     causal_conv1d,
     causal_conv1d_qkv,
+    explain,
     gated_delta_rule,
     gated_delta_rule_step,
 )
@@ -81,26 +82,30 @@ class DepthwiseConv(nnx.Module):
         out, final = causal_conv1d(*inputs, initial_state=initial_state, **options)
         return out.reshape(x.shape), final.reshape(-1, width, heads, channels)
 
-    def normalised_qkv(
+    def qkv(
         self,
         projected: Array,
         *,
         dims: tuple[int, int],
         initial_state: Array | None,
         segment_ids: Array | None,
-    ) -> QKVConvOutput:
-        """Queries and keys of length 1 and values of `[B, T, Hk, q | k | v | ...]`, in one pass; `dims` are Dk, Dv."""
+    ) -> tuple[QKVConvOutput, bool]:
+        """Queries, keys and values of `[B, T, Hk, q | k | v | ...]`, and whether queries and keys have length 1.
+
+        A kernel makes that in the same pass over the projection. XLA would need a pass more, which the delta rule,
+        where it normalises what it reads, does without. `dims` are Dk and Dv.
+        """
         dtype = projected.dtype
-        return causal_conv1d_qkv(
-            projected,
-            self.kernel[...].astype(dtype),
+        arguments = projected, self.kernel[...].astype(dtype)
+        options: dict[str, Any] = dict(
             key_dim=dims[0],
             value_dim=dims[1],
             bias=None if self.bias is None else self.bias[...].astype(dtype),
-            use_qk_l2norm=True,
             initial_state=None if initial_state is None else initial_state.astype(dtype),
             segment_ids=segment_ids,
         )
+        normalised = explain(causal_conv1d_qkv, *arguments, **options).chosen == "mosaic_gpu"
+        return causal_conv1d_qkv(*arguments, use_qk_l2norm=normalised, **options), normalised
 
 
 class GatedDeltaNet(nnx.Module):
@@ -268,9 +273,8 @@ class GatedDeltaNet(nnx.Module):
         gate = projected[..., -values:]
         per_value_head = (batch, length, config.num_value_heads, value_dim)
         is_step = state is not None and length <= MAX_DECODE_TOKENS
-        # Over rows that are spread over devices, and in a step, the delta rule normalises.
-        separate = is_step or self.context_parallel is not None
-        if separate:
+        normalised = False
+        if is_step or self.context_parallel is not None:
             mixed, conv = self.conv(
                 projected[..., :-values],
                 initial_state=conv,
@@ -280,12 +284,13 @@ class GatedDeltaNet(nnx.Module):
             query, key = mixed[..., :key_dim], mixed[..., key_dim : 2 * key_dim]
             value = mixed[..., 2 * key_dim :].reshape(per_value_head)
         else:
-            query, key, value, conv = self.conv.normalised_qkv(
+            made, normalised = self.conv.qkv(
                 projected,
                 dims=(key_dim, value_dim),
                 initial_state=conv,
                 segment_ids=segment_ids,
             )
+            query, key, value, conv = made
         g, beta = self._gates(x)
         if is_step:
             assert state is not None
@@ -297,7 +302,7 @@ class GatedDeltaNet(nnx.Module):
             options: dict[str, Any] = dict(
                 initial_state=state,
                 segment_ids=segment_ids,
-                use_qk_l2norm=separate,
+                use_qk_l2norm=not normalised,
                 chunk_size=config.chunk_size,
             )
             if self.context_parallel is None:

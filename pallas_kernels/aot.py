@@ -39,6 +39,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import _aot_cases, _aot_delta_cases, _dispatch, _triton_ptx
+from pallas_kernels._aot_conv_cases import cases as conv_cases
 from pallas_kernels._aot_delta_bwd_cases import cases as delta_backward_cases
 from pallas_kernels._sass import KernelFacts, parse
 from pallas_kernels._targets import GPUS_PER_HOST as GPUS_PER_HOST
@@ -371,7 +372,12 @@ def main(argv: list[str] | None = None) -> None:
     shape.add_argument("--operator", choices=sorted(_aot_cases.OPERATORS))
     _aot_cases.add_shape_arguments(shape)
     arguments = parser.parse_args(argv)
-    registered = (*_aot_cases.cases(), *_aot_delta_cases.cases(), *delta_backward_cases())
+    registered = (
+        *_aot_cases.cases(),
+        *conv_cases(),
+        *_aot_delta_cases.cases(),
+        *delta_backward_cases(),
+    )
     cases = [case for case in registered if fnmatch.fnmatch(case.name, arguments.case)]
     if arguments.operator:
         cases = _aot_cases.from_arguments(arguments)

@@ -178,13 +178,16 @@ _REASONS: dict[str, str | None] = {"reference": None}
 
 
 def _reasons_qkv(sizes, mixed, key_dim, value_dim) -> dict[str, str | None]:
-    # The reference first: nobody is given a kernel that only an interpreter and a compiler have seen.
+    capability = _dispatch.compute_capability()
+    names = ["reference", "mosaic_gpu"]
+    if tuning.preferred(capability):
+        names.reverse()
     return {
         name: tuning.unsupported_reason(
             name, dtype=mixed.dtype, sizes=sizes, key_dim=key_dim, value_dim=value_dim,
-            varying=_sharding.is_varying(mixed), compute_capability=_dispatch.compute_capability(),
+            varying=_sharding.is_varying(mixed), compute_capability=capability,
         )
-        for name in ("reference", "mosaic_gpu")
+        for name in names
     }  # fmt: skip
 
 

@@ -33,6 +33,16 @@ def backward_rows(dim: int, *, itemsize: int) -> int:
     return ROWS if dim * itemsize <= 256 else ROWS // 2
 
 
+def preferred(compute_capability: str | None) -> bool:
+    """Whether `implementation=None` takes the kernels before XLA.
+
+    Not yet: they have not run on a GPU, so nobody is given kernels that only an interpreter and a compiler have seen.
+    They are there by name.
+    """
+    del compute_capability
+    return False
+
+
 def unsupported_reason(
     implementation: str, *, dtype, sizes: dict[str, int], key_dim: int, value_dim: int, varying: bool,
     compute_capability: str | None,

@@ -1,13 +1,26 @@
 """The Hopper kernel of `causal_conv1d_qkv`, interpreted with race detection against float64, and as machine code."""
 
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from pallas_kernels import _dispatch, aot, causal_conv1d_qkv, explain
+from gqa_jax import GatedDeltaNet
+from gqa_jax.config import GatedDeltaNetConfig
+from gqa_jax.planner import hlo
+from pallas_kernels import (
+    _aot_conv_cases,
+    _dispatch,
+    aot,
+    causal_conv1d_qkv,
+    explain,
+    gated_delta_rule,
+)
+from pallas_kernels.causal_conv import tuning
 from pallas_kernels.causal_conv.tuning import ROWS
 from tests.support.aot import require
 from tests.support.compare import assert_bitwise_equal, assert_close
@@ -269,6 +282,21 @@ def test_reasons(x64):
         causal_conv1d_qkv(mixed, weight, implementation="mosaic_gpu", **DIMS)
 
 
+def test_the_layer_normalises_in_the_kernel_once_that_is_preferred():
+    config = GatedDeltaNetConfig(
+        model_dim=16, num_key_heads=1, num_value_heads=2, key_head_dim=64, value_head_dim=64
+    )
+    layer = GatedDeltaNet(config, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 9, 16)), jnp.float32)
+    expected = layer(x)
+    with interpreted(), mock.patch.object(tuning, "preferred", return_value=True):
+        assert reason("9.0") == ""
+        with mock.patch("gqa_jax.gated_deltanet.gated_delta_rule", wraps=gated_delta_rule) as rule:
+            actual = jax.block_until_ready(layer(x))
+    assert not rule.call_args.kwargs["use_qk_l2norm"]
+    assert_close(actual, expected, atol=1e-5)
+
+
 # --- machine code ----------------------------------------------------------------------------------------------------
 
 
@@ -322,3 +350,33 @@ def test_every_byte_once_and_nothing_spilled(dim, dtype, packed):
     if dtype.itemsize == 2 and dim <= 128:  # three blocks share a multiprocessor
         assert kernel.registers <= 168
         assert 3 * kernel.shared_bytes <= aot.SHARED_MEMORY_BYTES
+
+
+def moved_per_token(name: str) -> float:
+    """KiB per token that the program of a registered case moves at least: the convolution's inputs (and cotangents)
+    once, every array that a kernel or a fusion writes, and those that others read again, once for each reader."""
+    (case,) = (c for c in _aot_conv_cases.cases() if c.name == name)
+    function, arguments = case.build()
+    mesh = aot.topology("h200")
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere) for x in arguments]
+    compiled = aot.compile_only(function, *arguments, mesh=mesh)
+    module = hlo.parse(compiled.executable.as_text())
+    body = module.computations[module.entry]
+    made = {i.name: i for i in body if i.opcode not in ("parameter", "constant", "bitcast")}
+    moved = case.hbm_bytes * (2 / 3 if "backward" in name else 1 / 2)
+    for instruction in body:
+        if instruction.opcode in ("fusion", "custom-call", "copy"):
+            read = sum(made[operand].bytes for operand in instruction.operands if operand in made)
+            moved += instruction.bytes + read
+    return moved / 8192 / 1024
+
+
+@pytest.mark.parametrize("direction, kernel, xla", [("forward", 32, 64), ("backward", 92, 250)])
+def test_bytes_per_token(direction, kernel, xla):
+    """The table of docs/MEASURED_KERNELS.md; `-s` prints it."""
+    require()
+    for label, expected in (("8k", kernel), ("8k-xla", xla)):
+        found = moved_per_token(f"causal_conv1d_qkv/{direction}/{label}")
+        print(f"{direction} {label}: {found:.1f} KiB per token")
+        assert found == pytest.approx(expected, rel=0.05)
