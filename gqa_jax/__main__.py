@@ -184,6 +184,11 @@ def typical_calls() -> list[tuple[str, tuple, dict]]:
         ("gated_delta_rule", (q, q, v, gate, gate), {"use_qk_l2norm": True}),
         ("gated_delta_rule_step", (q1, q1, v1, gate1, gate1, state), {"use_qk_l2norm": True}),
         ("causal_conv1d", (array(1, 4096, 8192), array(4, 8192)), {"activation": "silu"}),
+        (
+            "causal_conv1d_qkv",
+            (array(1, 4096, 16, 768), array(4, 16, 512)),
+            {"key_dim": 128, "value_dim": 128, "use_qk_l2norm": True},
+        ),
     ]
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 import pallas_kernels as pk
 from pallas_kernels._aot_cases import Case, Program
+from pallas_kernels._l2norm import l2_normalize
 
 
 def _conv(label: str, implementation: str, *, backward: bool, packed: bool = False) -> Case:
@@ -20,6 +21,8 @@ def _conv(label: str, implementation: str, *, backward: bool, packed: bool = Fal
         value = struct((1, length, 2 * heads, dim), jnp.bfloat16)
 
         def causal_conv1d_qkv(mixed, weight, *ids):
+            if implementation == "apart":
+                return _apart(mixed[..., :channels], weight[0], dim)
             return pk.causal_conv1d_qkv(
                 mixed, weight[0], key_dim=dim, value_dim=dim, use_qk_l2norm=True,
                 segment_ids=ids[0] if ids else None, implementation=implementation,
@@ -48,8 +51,17 @@ def _conv(label: str, implementation: str, *, backward: bool, packed: bool = Fal
     )
 
 
+def _apart(mixed, weight, dim: int):
+    """The same by two operators: the convolution, then the norm as the delta rule's kernels have it made by XLA."""
+    flat = lambda x: x.reshape(*x.shape[:-2], -1)
+    out = pk.causal_conv1d(flat(mixed), flat(weight), activation="silu").out.reshape(mixed.shape)
+    query, key = (l2_normalize(x) for x in (out[..., :dim], out[..., dim : 2 * dim]))
+    value = out[..., 2 * dim :].reshape(*mixed.shape[:2], -1, dim)
+    return query.astype(out.dtype), key.astype(out.dtype), value
+
+
 def cases() -> list[Case]:
-    """Every registered case: the kernels, and what XLA makes of the same call."""
+    """Every registered case: the kernels, and what XLA makes of the same."""
     return [
         _conv(label, implementation, backward=backward, packed=packed)
         for backward in (False, True)
@@ -57,5 +69,6 @@ def cases() -> list[Case]:
             ("8k", "mosaic_gpu", False),
             ("8k-packed", "mosaic_gpu", True),
             ("8k-xla", "reference", False),
+            ("8k-apart", "apart", False),
         )
     ]
