@@ -303,7 +303,7 @@ def gradient_role(shapes: Shapes, chunk: Chunk, s, row, index, key_head, wg) -> 
                 plgpu.copy_smem_to_gmem(tile, chunk.d_value.at[row, tokens, head, columns])
 
             head_gradients(shapes, own, d_query, d_key, store)
-            plgpu.wgmma_wait(0)
+            # Its last product has been waited for, all before with it; behind this every warp is done.
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(own.sums, chunk.sums.at[row, head, index, wg])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
