@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels._aot_cases import Case, Program
 from pallas_kernels.delta_rule import mosaic_gpu_bwd, order
-from pallas_kernels.delta_rule.mosaic_gpu_chains import Config
-from pallas_kernels.delta_rule.mosaic_gpu_tuning import CHUNK
+from pallas_kernels.delta_rule.mosaic_gpu_tuning import CHUNK, BackwardConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +23,7 @@ class DeltaBackwardShape:
     dim: int = 128
     segments: bool = False
     dtype: Any = jnp.float16
-    config: Config = dataclasses.field(default_factory=Config)
+    config: BackwardConfig = dataclasses.field(default_factory=BackwardConfig)
 
     def arrays(self) -> dict[str, Any]:
         """Operands of `mosaic_gpu_bwd.backward`; every leaf has a leading row axis."""
@@ -78,7 +77,7 @@ SHAPES = (
     DeltaBackwardShape("packed", segments=True),
     DeltaBackwardShape("d64", dim=64),
     DeltaBackwardShape("bf16", dtype=jnp.bfloat16),
-    DeltaBackwardShape("spread", value_heads=16, config=Config(chain_owners=1)),
+    DeltaBackwardShape("spread", value_heads=16, config=BackwardConfig(chain_owners=1)),
 )
 
 
@@ -95,10 +94,10 @@ def _backward(shape: DeltaBackwardShape) -> Case:
 
         return delta_rule_backward, tuple(arrays.values())
 
-    # A wgmma contracts 16. Contracting the key channels: K S; Q K^T and K D; six in `gradients`. Contracting 64: two,
+    # A wgmma contracts 16. Contracting the key channels: K S; Q K^T and K D; five in `gradients`. Contracting 64: two,
     # four, and in `gradients` five on the way to dR, dL and dP, seven into dq and dk, four into dg.
     deep, flat = shape.dim // 16, CHUNK // 16
-    counts = (deep + 2 * flat, 2 * deep + 4 * flat, 6 * deep + 16 * flat)
+    counts = (deep + 2 * flat, 2 * deep + 4 * flat, 5 * deep + 16 * flat)
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     read = size(arrays)
     # Three gradients like their operands, g and beta, the start state; the chains' states are written and read.

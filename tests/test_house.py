@@ -80,7 +80,6 @@ SIBLINGS = {  # inside one operator: file -> siblings it may import
         "order",
         "mosaic_gpu_lanes",
         "mosaic_gpu_bwd",
-        "mosaic_gpu_chains",
         "mosaic_gpu_tuning",
     },
     "mosaic_gpu_chunk": {"order", "mosaic_gpu_tuning"},

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.delta_rule import algebra, order
-from pallas_kernels.delta_rule.mosaic_gpu_chains import Config, Shapes, run_chain
+from pallas_kernels.delta_rule.mosaic_gpu_chains import Shapes, run_chain
 from pallas_kernels.delta_rule.mosaic_gpu_chunk import CHUNK
 from pallas_kernels.delta_rule.mosaic_gpu_gradients import (
     AT_READER,
@@ -35,6 +35,7 @@ from pallas_kernels.delta_rule.mosaic_gpu_gradients import (
     INNER,
     run_gradients,
 )  # fmt: skip
+from pallas_kernels.delta_rule.mosaic_gpu_tuning import BackwardConfig
 
 
 class Gradients(NamedTuple):
@@ -60,7 +61,7 @@ def stacked(tables: order.Tables) -> jax.Array:
     return jnp.stack([x.reshape(*x.shape[:2], -1, CHUNK) for x in rows], axis=3)
 
 
-def _shapes(query, value, tables: order.Tables, config: Config, scale: float) -> Shapes:
+def _shapes(query, value, tables: order.Tables, config: BackwardConfig, scale: float) -> Shapes:
     rows, length, key_heads, key_dim = query.shape
     return Shapes(
         rows, length // CHUNK, key_heads, value.shape[2], key_dim, value.shape[3], query.dtype, scale,
@@ -90,7 +91,7 @@ def _d_states(shapes: Shapes, query, key, d_out, inverse, tables, d_final, spans
 
 
 def retreat(
-    query: jax.Array, key: jax.Array, d_out: jax.Array, *, config: Config, scale: float, tables: order.Tables,
+    query: jax.Array, key: jax.Array, d_out: jax.Array, *, config: BackwardConfig, scale: float, tables: order.Tables,
     inverse: jax.Array, d_final: jax.Array,
 ) -> jax.Array:  # fmt: skip
     """The cotangent of the start state `[z, Hv, Dk, Dv]` float32 alone; arguments as in `backward`."""
@@ -100,7 +101,7 @@ def retreat(
 
 
 def backward(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, config: Config, scale: float, tables: order.Tables,
+    query: jax.Array, key: jax.Array, value: jax.Array, *, config: BackwardConfig, scale: float, tables: order.Tables,
     inverse: jax.Array, start_state: jax.Array, d_out: jax.Array, d_final: jax.Array, spans: jax.Array | None = None,
 ) -> Gradients:  # fmt: skip
     """Gradients of rows of whole chunks; tokens that do not exist are zero, their g and beta too.

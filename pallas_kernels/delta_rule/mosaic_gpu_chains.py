@@ -35,34 +35,12 @@ from pallas_kernels.delta_rule.mosaic_gpu_chunk import (
     gated,
     product,
 )  # fmt: skip
-from pallas_kernels.delta_rule.mosaic_gpu_tuning import CHUNK
+from pallas_kernels.delta_rule.mosaic_gpu_tuning import CHUNK, BackwardConfig
 
 # Value columns of a warpgroup: the rows of a wgmma.
 COLUMNS = ROWS
 # Rows of `order.stacked` that the backward reads: all up to here.
 TABLE_ROWS = order.SINCE + 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How the backward kernels are tiled.
-
-    Attributes:
-      chain_owners: warpgroups of a block of the two chains, 64 value columns each: 1 spreads a head over more blocks.
-      stages: chunks in flight in the chains.
-      compute_registers, memory_registers: per thread, after `setmaxnreg`, in blocks of two compute warpgroups.
-    """
-
-    chain_owners: int = 2
-    stages: int = 3
-    compute_registers: int = 208
-    memory_registers: int = 88
-
-
-def default_config(blocks: int) -> Config:
-    """The configuration used when none is given, for so many rows times value heads."""
-    # 132 SMs: with fewer than 66 heads, two blocks per head finish sooner than one.
-    return Config(chain_owners=1 if blocks <= 66 else 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +56,7 @@ class Shapes:
     dtype: Any
     scale: float
     segments: bool
-    config: Config
+    config: BackwardConfig
 
     @property
     def group(self) -> int:
@@ -122,7 +100,7 @@ def places():
     return row, column + nothing
 
 
-def decayed_scores(shapes: Shapes, queries, keys, table):
+def decayed_scores(shapes: Shapes, queries, keys, table, places=places):
     """P of one chunk, in the operands' dtype."""
     scores = product(queries, keys.T)
     row, column = places()
@@ -216,7 +194,7 @@ def feeding_role(shapes: Shapes, chain: Chain, s, place: Place) -> None:
     """Feeds chunks, `stages` ahead; going backwards also makes P, one chunk ahead."""
     stages, steps = shapes.config.stages, place.steps
     if shapes.chain_owners > 1:
-        plgpu.set_max_registers(shapes.config.memory_registers, action="decrease")
+        plgpu.set_max_registers(shapes.config.feeding_registers, action="decrease")
 
     @pl.loop(0, lax.min(stages, steps))
     def _(step):
@@ -298,7 +276,7 @@ def retreated(shapes: Shapes, s, wg, slot, step, state, rounded):
 def chain_role(shapes: Shapes, chain: Chain, s, place: Place, wg) -> None:
     """64 value columns of a head, from one end of the row to the other."""
     if shapes.chain_owners > 1:
-        plgpu.set_max_registers(shapes.config.compute_registers, action="increase")
+        plgpu.set_max_registers(shapes.config.chain_registers, action="increase")
     columns = pl.ds(place.column + wg * COLUMNS, COLUMNS)
     edge = (place.state, place.head, columns)
     state = plgpu.load(chain.edge.at[edge], layout=MATRIX, optimized=False)
@@ -324,7 +302,8 @@ def chain_role(shapes: Shapes, chain: Chain, s, place: Place, wg) -> None:
     state = lax.fori_loop(0, place.steps, body, state)
     if chain.backwards:
         chain.end.at[edge][...] = state
-    plgpu.wait_smem_to_gmem(0)
+    # Shared memory is the block's only as long as it runs; device memory is complete when the kernel is.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def run_chain(shapes: Shapes, name: str, arrays: dict[str, jax.Array]):

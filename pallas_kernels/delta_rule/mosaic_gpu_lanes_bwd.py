@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _mosaic_gpu
-from pallas_kernels.delta_rule import algebra, mosaic_gpu_bwd, mosaic_gpu_chains, mosaic_gpu_tuning
+from pallas_kernels.delta_rule import algebra, mosaic_gpu_bwd, mosaic_gpu_tuning
 from pallas_kernels.delta_rule import order as orders
 from pallas_kernels.delta_rule.mosaic_gpu_lanes import Kept, power_of_two
 from pallas_kernels.delta_rule.order import Order, Plan, Tokens
@@ -75,7 +75,7 @@ def backward(
     query, key = half(given.query / length), half(given.key)
     read = half(read / by_token(pulled))
     options: dict[str, Any] = {
-        "config": mosaic_gpu_chains.default_config(start.shape[0] * start.shape[1]),
+        "config": mosaic_gpu_tuning.backward_config(heads=start.shape[0] * start.shape[1]),
         "scale": plan.scale, "tables": tables, "inverse": kept.inverse,
     }  # fmt: skip
     spans = None

@@ -54,6 +54,35 @@ def forward_config(*, width: int, heads: int) -> ForwardConfig:
     return ForwardConfig(overlap=False, chain_registers=200, ahead_registers=104)
 
 
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """How the three backward kernels are laid out.
+
+    Attributes:
+      chain_owners: warpgroups of a block of the two chains, 64 value channels each: 1 spreads a head over more blocks.
+      stages: chunks in flight in the chains.
+      chain_registers, feeding_registers: per thread of the roles of a chain with two owners, after `setmaxnreg`.
+      gradient_registers, memory_registers: the same of `gradients` with two warpgroups of value channels.
+    """
+
+    chain_owners: int = 2
+    # Three tiles of everything fill 221 KiB of the reverse chain.
+    stages: int = 3
+    # Of 504 for three warpgroups: the feeding one makes P, two float32 matrices at a time beside its addresses.
+    chain_registers: int = 208
+    feeding_registers: int = 88
+    # dq and dk hold 128; who only feeds needs the fewest there are.
+    gradient_registers: int = 240
+    memory_registers: int = 24
+
+
+def backward_config(*, heads: int) -> BackwardConfig:
+    """The configuration used when none is given, for batch rows (times segments) times value heads."""
+    # 132 SMs: up to 66 heads, a block for each half finishes sooner than one for both. Where `setmaxnreg` is ignored,
+    # two warpgroups have 255 registers each, three 168.
+    return BackwardConfig(chain_owners=1 if heads <= 66 or FIXED_REGISTERS else 2)
+
+
 def padded_dim(dim: int) -> int:
     """Channels of a head inside the kernels: zeros fill it up."""
     return next(wide for wide in HEAD_DIMS if dim <= wide)

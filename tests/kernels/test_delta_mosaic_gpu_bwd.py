@@ -11,10 +11,11 @@ import pytest
 
 from pallas_kernels import GatedDeltaRuleOutput, gated_delta_rule
 from pallas_kernels.delta_rule import mosaic_gpu_bwd, mosaic_gpu_prologue, order
+from pallas_kernels.delta_rule.mosaic_gpu_tuning import BackwardConfig
 from tests.support import compare, delta_cases
 from tests.support.mosaic_gpu_interpreter import interpreted
 
-DEFAULT = mosaic_gpu_bwd.Config()
+DEFAULT = BackwardConfig()
 FIELDS = ("query", "key", "value", "g", "beta", "initial_state")
 
 
@@ -178,6 +179,6 @@ def test_a_chunk_whose_first_gate_is_beyond_float32():
 def test_twice_and_tiled_otherwise_is_bitwise_the_same():
     case = rounded(delta_cases.random_case(7, 1, 192, 1, 2, 64, 128), jnp.bfloat16)
     first = run(case)
-    for config in (DEFAULT, mosaic_gpu_bwd.Config(chain_owners=1, stages=2)):
+    for config in (DEFAULT, BackwardConfig(chain_owners=1, stages=2)):
         for name, a, b in zip(FIELDS, first, run(case, config=config), strict=True):
             compare.assert_bitwise_equal(a, b, what=name)

@@ -1,33 +1,39 @@
-"""Every wait of the delta rule's forward kernels is needed: without any one of them the interpreter reports a race."""
+"""Every wait of the delta rule's Hopper kernels is needed: without any one of them the interpreter reports a race."""
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.delta_rule import mosaic_gpu_fwd, mosaic_gpu_prologue, order
-from pallas_kernels.delta_rule.mosaic_gpu_tuning import CHUNK, ForwardConfig
+from pallas_kernels.delta_rule import (
+    mosaic_gpu_chains,
+    mosaic_gpu_fwd,
+    mosaic_gpu_gradients,
+    mosaic_gpu_prologue,
+    order,
+)
+from pallas_kernels.delta_rule.mosaic_gpu_tuning import CHUNK, BackwardConfig, ForwardConfig
 from tests.support.kernel_waits import COMPLAINT, Site, waits, without
 from tests.support.mosaic_gpu_interpreter import interpreted
 
-CHAIN, INVERSE = waits(mosaic_gpu_fwd), waits(mosaic_gpu_prologue)
-# The last wait of the chain is superfluous: every copy's tile has been waited for, and device memory is complete when
-# the kernel is. In the inverse the first commit gathers the four warps, of which one waited for the copy; the
-# interpreter has one thread per warpgroup.
-IMPLIED = [CHAIN[-1], next(s for s in INVERSE if (s.function, s.name) == ("role", "commit_smem"))]
-NEEDED = [site for site in CHAIN + INVERSE if site not in IMPLIED]
-# The slot of a chunk is free again at another place where no output is wanted.
-WITHOUT_OUTPUT = [s for s in CHAIN if (s.function, s.name) == ("chain_role", "commit_smem")][1:]
 # More than there are stages: every slot is used again.
 CHUNKS = 5
 
 
-def chain(*, output: bool) -> None:
+def operand(seed: int, *shape: int, scale: float = 0.125):
+    """Numbers in float16."""
+    random = np.random.default_rng(seed)
+    return jnp.asarray(random.normal(size=shape) * scale, jnp.float16)
+
+
+def forward(*, output: bool) -> None:
     """One head of `forward`, or of `final_state`."""
-    random = np.random.default_rng(0)
-    operand = jnp.asarray(random.normal(size=(1, CHUNKS * CHUNK, 1, 64)) / 8.0, jnp.float16)
+    tokens = operand(0, 1, CHUNKS * CHUNK, 1, 64)
     stacked = jnp.zeros((1, 1, CHUNKS, order.READ + 1, CHUNK), jnp.float32)
-    inverse = jnp.asarray(random.normal(size=(1, 1, CHUNKS, CHUNK, CHUNK)), jnp.float16)
+    inverse = operand(1, 1, 1, CHUNKS, CHUNK, CHUNK, scale=1.0)
     start = jnp.zeros((1, 1, 64, 64), jnp.float32)
     config = ForwardConfig()
 
@@ -36,50 +42,136 @@ def chain(*, output: bool) -> None:
             return mosaic_gpu_fwd.forward(x, x, x, *rest, config=config, segments=False)
         return mosaic_gpu_fwd.final_state(x, x, *rest, config=config)
 
-    jax.block_until_ready(jax.jit(call)(operand, stacked, inverse, start))
+    jax.block_until_ready(jax.jit(call)(tokens, stacked, inverse, start))
 
 
 def inverse() -> None:
     """One chunk of a key head that three value heads share: the tile of the result is used again."""
-    random = np.random.default_rng(0)
-    key = jnp.asarray(random.normal(size=(1, CHUNK, 1, 64)) / 8.0, jnp.float16)
+    key = operand(0, 1, CHUNK, 1, 64)
     stacked = jnp.zeros((1, 3, 1, order.READ + 1, CHUNK), jnp.float32)
     call = lambda *arrays: mosaic_gpu_prologue.inverse(*arrays, segments=False)
     jax.block_until_ready(jax.jit(call)(key, stacked))
 
 
-def run(site: Site) -> None:
+def shapes(chunks: int, value_heads: int, value_dim: int) -> mosaic_gpu_chains.Shapes:
+    return mosaic_gpu_chains.Shapes(
+        1, chunks, 1, value_heads, 64, value_dim, jnp.float16, 0.125, False, BackwardConfig()
+    )
+
+
+def chain(*, backwards: bool) -> None:
+    """One head of `delta_rule_states`, or of `delta_rule_d_states`."""
+    tokens = operand(0, 1, CHUNKS * CHUNK, 1, 64)
+    arrays = {"query": tokens} if backwards else {}
+    arrays |= {
+        "key": tokens,
+        "tokens": tokens,
+        "inverse": operand(1, 1, 1, CHUNKS, CHUNK, CHUNK),
+        "tables": jnp.ones((1, 1, CHUNKS, mosaic_gpu_chains.TABLE_ROWS, CHUNK), jnp.float32),
+        "edge": jnp.zeros((1, 1, 64, 64), jnp.float32),
+        "spans": jnp.asarray([[0, 0, CHUNKS]], jnp.int32),
+    }
+    call = functools.partial(mosaic_gpu_chains.run_chain, shapes(CHUNKS, 1, 64), "chain")
+    jax.block_until_ready(jax.jit(call)(arrays))
+
+
+def gradients() -> None:
+    """One chunk of a key head that two value heads share, their channels held by two warpgroups."""
+    key, value = operand(0, 1, CHUNK, 1, 64), operand(1, 1, CHUNK, 2, 128)
+    states = operand(2, 1, 2, 1, 128, 64)
+    arrays = {
+        "query": key,
+        "key": key,
+        "value": value,
+        "d_out": value,
+        "inverse": operand(3, 1, 2, 1, CHUNK, CHUNK),
+        "tables": jnp.ones((1, 2, 1, mosaic_gpu_chains.TABLE_ROWS, CHUNK), jnp.float32),
+        "states": states,
+        "d_states": states,
+    }
+    call = functools.partial(mosaic_gpu_gradients.run_gradients, shapes(1, 2, 128))
+    jax.block_until_ready(jax.jit(call)(arrays))
+
+
+FORWARD, INVERSE, CHAIN, GRADIENTS = (
+    waits(module)
+    for module in (mosaic_gpu_fwd, mosaic_gpu_prologue, mosaic_gpu_chains, mosaic_gpu_gradients)
+)
+
+
+def found(sites: list[Site], function: str, name: str) -> list[Site]:
+    return [site for site in sites if (site.function, site.name) == (function, name)]
+
+
+ONE_THREAD = "it gathers the four warps of a warpgroup, which in the interpreter is one thread"
+IMPLIED = {
+    FORWARD[
+        -1
+    ]: "every copy's tile has been waited for, and device memory is complete when the kernel is",
+    found(INVERSE, "role", "commit_smem")[0]: ONE_THREAD,
+    # Positions before they are read; R before dN takes its tile; P before the scores' cotangent takes its tile.
+    found(GRADIENTS, "gradient_role", "commit_smem")[0]: ONE_THREAD,
+    found(GRADIENTS, "write_gradients", "commit_smem")[1]: ONE_THREAD,
+    found(GRADIENTS, "read_gradients", "commit_smem")[0]: ONE_THREAD,
+    # One thread arrives for the four warps.
+    found(GRADIENTS, "gradient_role", "commit_smem")[-1]: ONE_THREAD,
+    found(GRADIENTS, "recall_gradients", "wgmma_wait")[0]: "it saves registers",
+}
+# The slot of a chunk is free again at another place where no output is wanted.
+WITHOUT_OUTPUT = found(FORWARD, "chain_role", "commit_smem")[1:]
+# Only the backward chain has a query, and P.
+BACKWARDS = found(CHAIN, "retreated", "barrier_wait") + [
+    site for site in CHAIN if site.function == "feeding_role" and "free" not in site.call
+]
+
+
+def runs(site: Site) -> dict[str, Callable[[], None]]:
+    """The kernels to which a wait belongs."""
     if site in INVERSE:
-        inverse()
-    else:
-        chain(output=site not in WITHOUT_OUTPUT)
+        return {"inverse": inverse}
+    if site in FORWARD:
+        return {"forward": functools.partial(forward, output=site not in WITHOUT_OUTPUT)}
+    if site in GRADIENTS:
+        return {"gradients": gradients}
+    d_states = {"d_states": functools.partial(chain, backwards=True)}
+    return d_states | (
+        {} if site in BACKWARDS else {"states": functools.partial(chain, backwards=False)}
+    )
 
 
-def rotating(site: Site):
-    always = site.name == "wait_smem_to_gmem"
-    return pytest.param(site, marks=[] if always else [pytest.mark.slow], id=str(site))
+def cases(*, implied: bool):
+    for site in FORWARD + INVERSE + CHAIN + GRADIENTS:
+        if (site in IMPLIED) != implied:
+            continue
+        often = site.name == "wait_smem_to_gmem" and not implied
+        for name, run in runs(site).items():
+            marks = [] if often else [pytest.mark.slow]
+            yield pytest.param(site, run, marks=marks, id=f"{site}-{name}")
 
 
 def test_waits_are_found():
-    assert len(NEEDED) >= 15
+    assert len([site for site in FORWARD + INVERSE if site not in IMPLIED]) >= 15
+    assert len([site for site in CHAIN + GRADIENTS if site not in IMPLIED]) >= 20
 
 
 @pytest.mark.slow
-def test_nothing_is_wrong_with_all_of_them():
+@pytest.mark.parametrize("call", [
+    inverse, functools.partial(forward, output=True), functools.partial(forward, output=False),
+    functools.partial(chain, backwards=False), functools.partial(chain, backwards=True), gradients,
+])  # fmt: skip
+def test_nothing_is_wrong_with_all_of_them(call):
     with interpreted():
-        inverse()
-        chain(output=True)
-        chain(output=False)
+        call()
 
 
-@pytest.mark.parametrize("site", map(rotating, NEEDED))
-def test_a_kernel_without_one_wait_is_caught(site):
+@pytest.mark.parametrize("site, run", cases(implied=False))
+def test_a_kernel_without_one_wait_is_caught(site, run):
     with pytest.raises(Exception, match=COMPLAINT), without(site):
-        run(site)
+        run()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("site", IMPLIED, ids=str)
-def test_implied_waits_are_implied(site):
+@pytest.mark.parametrize("site, run", cases(implied=True))
+def test_implied_waits_are_implied(site, run):
+    print(IMPLIED[site])
     with without(site):
-        run(site)
+        run()
