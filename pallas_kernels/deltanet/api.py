@@ -132,7 +132,7 @@ def _reasons(inputs: Inputs, state) -> dict[str, str | None]:
         name: step_tuning.unsupported_reason(
             name, dtypes=[x.dtype for x in jax.tree.leaves(floats)],
             state_dtype=step.state_dtype(state, inputs.mixed), key_dim=state.shape[2],
-            value_dim=state.shape[3], width=inputs.conv_kernel.shape[0],
+            value_dim=state.shape[3], width=inputs.conv_kernel.shape[0], channels=inputs.mixed.shape[3],
             varying=_sharding.is_varying(state), compute_capability=_dispatch.compute_capability(),
         )
         for name in ("reference", "mosaic_gpu", "triton")

@@ -8,7 +8,7 @@ _MAX_WIDTH = 8
 
 def unsupported_reason(
     implementation: str, *, dtypes, state_dtype, key_dim: int, value_dim: int, width: int,
-    varying: bool, compute_capability: str | None,
+    channels: int, varying: bool, compute_capability: str | None,
 ) -> str | None:  # fmt: skip
     """Why `implementation` cannot run a step that the operator accepts, or None.
 
@@ -16,7 +16,7 @@ def unsupported_reason(
       implementation: "reference", "mosaic_gpu" or "triton".
       dtypes: of everything floating point but the state.
       state_dtype: of the state after the operator's cast.
-      key_dim, value_dim, width: Dk, Dv, W.
+      key_dim, value_dim, width, channels: Dk, Dv, W, F.
       varying: whether the arrays are typed as varying over mesh axes.
       compute_capability: of the GPU to run on, None without one.
     """
@@ -33,4 +33,7 @@ def unsupported_reason(
     if implementation == "mosaic_gpu" and key_dim % 64:
         # The 128 threads of a warpgroup convolve the 2 Dk channels of query and key.
         return f"Dk must be a multiple of 64, got {key_dim}"
+    if implementation == "mosaic_gpu" and channels % 4:
+        # A thread loads up to four neighbouring channels at once, which needs them aligned.
+        return f"`mixed` must have a multiple of 4 channels, got {channels}"
     return None

@@ -1,11 +1,13 @@
 """The fused decode kernels of Gated DeltaNet, interpreted against a float64 recurrence, and as machine code."""
 
 import contextlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels as pk
 from pallas_kernels import _aot_delta_step_cases, _dispatch, aot
@@ -43,7 +45,7 @@ def run(implementation, given, **options):
 
 
 SHAPES = {
-    "one token": (dict(length=1, group=2, width=4, extra=5), {}, "bfloat16", "bfloat16"),
+    "one token": (dict(length=1, group=2, width=4, extra=12), {}, "bfloat16", "bfloat16"),
     "eight tokens": (dict(length=8, group=1, width=2, value_dim=32), {}, "float32", "float32"),
     "one tap": (
         dict(length=2, group=4, width=1, bias=False, value_dim=32),
@@ -213,6 +215,9 @@ def test_reasons():
     assert odd["mosaic_gpu"] == "Dv must be a multiple of 32, got 48"
     assert odd["triton"] == "Dk must be 16, 32, 64, 128 or 256, got 96"
     assert reasons("9.0", key_dim=32)["mosaic_gpu"] == "Dk must be a multiple of 64, got 32"
+    ragged = reasons("9.0", extra=5)
+    assert ragged["mosaic_gpu"] == "`mixed` must have a multiple of 4 channels, got 261"
+    assert ragged["triton"] == "reference is preferred here"
     wide = reasons("9.0", width=9)
     assert wide["mosaic_gpu"] == wide["triton"] == "W must be at most 8, got 9"
     with pytest.raises(NotImplementedError, match=r"triton.*cannot run this call.*8\.0"):
@@ -291,6 +296,51 @@ def test_eight_tokens_of_padded_rows_with_every_state_spill_nothing(implementati
     given, states = described(2, 8, lengths=True)
     report = compiled(implementation, "h200", given, states, return_states=True)
     assert_registers_only(report, 255)
+
+
+def launches(function, *arguments, donated):
+    """What an H200 starts one after the other, by name."""
+    mesh = aot.topology("h200")
+    whole = NamedSharding(mesh, PartitionSpec())
+    describe = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+    compiled = aot.compile_only(
+        function, *jax.tree.map(describe, arguments), mesh=mesh, donate_argnums=donated
+    )
+    entry = re.search(r"^ENTRY .*?^}", compiled.executable.as_text(), re.M | re.S).group()
+    found = re.findall(r"= \S.*? ([a-z-]+)\(", entry)
+    return [name for name in found if name in ("fusion", "custom-call", "copy", "scatter")]
+
+
+def test_one_launch_where_the_operators_apart_need_several():
+    require()
+    given, states = described(1, 1)
+    state, conv_state = states.values()
+
+    def together(given, state, conv_state):
+        return pk.gated_deltanet_step(
+            **given, state=state, conv_state=conv_state, implementation="mosaic_gpu"
+        )[:3]
+
+    def apart(given, state, conv_state):
+        query, key, value, window = pk.causal_conv1d_qkv(
+            given["mixed"], given["conv_kernel"], key_dim=128, value_dim=128,
+            initial_state=conv_state,
+        )  # fmt: skip
+        write, decay = jnp.split(given["logits"].astype(jnp.float32), 2, axis=-1)
+        g = -jnp.exp(given["A_log"])[None, None] * jax.nn.softplus(
+            decay + given["dt_bias"][None, None]
+        )
+        flat = lambda x: x.reshape(*x.shape[:2], -1)
+        step = pk.gated_delta_rule_step(
+            query, key, value, flat(g), flat(jax.nn.sigmoid(write)), state, use_qk_l2norm=True,
+            implementation="mosaic_gpu",
+        )  # fmt: skip
+        return step.out, step.final_state, window
+
+    arguments = (given, state, conv_state)
+    assert launches(together, *arguments, donated=1) == ["custom-call"]
+    assert sorted(launches(together, *arguments, donated=(1, 2))) == ["copy", "custom-call"]
+    assert len(launches(apart, *arguments, donated=(1, 2))) >= 4
 
 
 REGISTERED = {case.name: case for case in _aot_delta_step_cases.cases()}
