@@ -193,6 +193,24 @@ def test_gradients_are_those_of_the_composition():
             assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5, what=name)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 8])
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_on_the_hardware(implementation, length):
+    sizes = dict(length=length, key_dim=128, value_dim=128, key_heads=2)
+    given = arrays(nasty_case(8, **sizes), "bfloat16")
+    step = jax.jit(lambda given: pk.gated_deltanet_step(**given, implementation=implementation))
+    result, again = step(given), step(given)
+    out, final, windows, _ = truth(given)
+    for row in range(len(out)):
+        limit = DELTA_RULE_TOLERANCES["bfloat16"]["out"]
+        assert relative_error(result.out[row], out[row]) < limit
+        assert relative_error(result.final_state[row], final[row]) < 1e-5
+    assert_bitwise_equal(result.final_conv_state, windows.astype(jnp.bfloat16))
+    for found, repeated in zip(result[:3], again[:3], strict=True):
+        assert_bitwise_equal(found, repeated)
+
+
 # --- choice ----------------------------------------------------------------------------------------------------------
 
 
