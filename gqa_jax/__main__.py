@@ -178,11 +178,14 @@ def typical_calls() -> list[tuple[str, tuple, dict]]:
     q1, v1 = array(8, 1, 16, 128), array(8, 1, 32, 128)
     gate1 = array(8, 1, 32, dtype=jnp.float32)
     state = array(8, 32, 128, 128, dtype=jnp.float32)
+    mixed, per_head = array(8, 1, 16, 768), array(16, 2, dtype=jnp.float32)
+    layer = {"conv_kernel": array(4, 16, 512), "A_log": per_head, "dt_bias": per_head}
     return [
         ("gqa_attention", (query, key, key), {"is_causal": True}),
         ("decode_attention", (array(8, 1, 16, 128), cache, cache, lengths), {}),
         ("gated_delta_rule", (q, q, v, gate, gate), {"use_qk_l2norm": True}),
         ("gated_delta_rule_step", (q1, q1, v1, gate1, gate1, state), {"use_qk_l2norm": True}),
+        ("gated_deltanet_step", (mixed, array(8, 1, 16, 4), state, array(8, 4, 16, 512)), layer),
         ("causal_conv1d", (array(1, 4096, 8192), array(4, 8192)), {"activation": "silu"}),
         (
             "causal_conv1d_qkv",

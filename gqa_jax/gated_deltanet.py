@@ -23,14 +23,13 @@ from gqa_jax.projection import Projection
 from gqa_jax.sharding import MeshAxes
 from pallas_kernels import (
     QKVConvOutput,
-    causal_conv1d,
     causal_conv1d_qkv,
     explain,
     gated_delta_rule,
-    gated_delta_rule_step,
+    gated_deltanet_step,
 )
 
-MAX_DECODE_TOKENS = 8  # what `gated_delta_rule_step` takes; longer steps are prefill
+MAX_DECODE_TOKENS = 8  # what `gated_deltanet_step` takes; longer steps are prefill
 
 
 class DepthwiseConv(nnx.Module):
@@ -51,36 +50,21 @@ class DepthwiseConv(nnx.Module):
         )
         self.bias = nnx.Param(jnp.zeros(channels, param_dtype)) if use_bias else None
 
-    def __call__(
-        self,
-        x: Array,
-        *,
-        initial_state: Array | None,
-        segment_ids: Array | None,
-        context_parallel: ContextParallel | None = None,
-    ) -> tuple[Array, Array | None]:
-        """SiLU(conv(x)) of `[B, T, Hk, F]`, and the `[B, W, Hk, F]` inputs that a continuation needs.
-
-        Over rows that are spread over devices (`context_parallel`) there is no continuation, and None.
-        """
+    def over_devices(
+        self, x: Array, *, segment_ids: Array | None, context_parallel: ContextParallel
+    ) -> Array:
+        """SiLU(conv(x)) of `[B, T, Hk, F]`, rows spread over devices."""
         width, heads, channels = self.kernel.shape
         flat = heads * channels
-        inputs = (
+        out = context_causal_conv1d(
             x.reshape(*x.shape[:2], flat),
             self.kernel[...].reshape(width, flat).astype(x.dtype),
-        )
-        options: dict[str, Any] = dict(
             bias=None if self.bias is None else self.bias[...].reshape(flat).astype(x.dtype),
             activation="silu",
             segment_ids=segment_ids,
+            context_parallel=context_parallel,
         )
-        if context_parallel is not None:
-            out = context_causal_conv1d(*inputs, context_parallel=context_parallel, **options)
-            return out.reshape(x.shape), None
-        if initial_state is not None:
-            initial_state = initial_state.reshape(-1, width, flat).astype(x.dtype)
-        out, final = causal_conv1d(*inputs, initial_state=initial_state, **options)
-        return out.reshape(x.shape), final.reshape(-1, width, heads, channels)
+        return out.reshape(x.shape)
 
     def qkv(
         self,
@@ -247,12 +231,15 @@ class GatedDeltaNet(nnx.Module):
         if self.axes is not None:
             return tensor_parallel.step(self, x, cache, lengths=lengths)
         batch, num_new = x.shape[:2]
-        segment_ids = None
+        if num_new <= MAX_DECODE_TOKENS and self.context_parallel is None:
+            out, conv, state = self._decode(x, cache, lengths)
+        else:
+            segment_ids = None
+            if lengths is not None:
+                segment_ids = right_padding_segment_ids(lengths, num_new)
+            out, conv, state = self._run(x, cache.conv, cache.state, segment_ids)
         if lengths is None:
             lengths = jnp.full((batch,), num_new, jnp.int32)
-        else:
-            segment_ids = right_padding_segment_ids(lengths, num_new)
-        out, conv, state = self._run(x, cache.conv, cache.state, segment_ids)
         length = (cache.length + lengths).astype(jnp.int32)
         return out, GatedDeltaNetState(conv.astype(cache.conv.dtype), state, length)
 
@@ -262,58 +249,75 @@ class GatedDeltaNet(nnx.Module):
                 f"`x` must have shape [B, T, M={self.config.model_dim}], got {x.shape}"
             )
 
+    def _project(self, x: Array) -> Array:
+        """`[B, T, Hk, q | k | v | z]`: what the convolution reads, and the output gates."""
+        return checkpoint_name(self.in_proj(x), "qkv")
+
+    def _finish(self, out: Array, projected: Array) -> Array:
+        """From the rule's outputs `[B, T, Hv, Dv]` and the projections to the layer's, `[B, T, M]`."""
+        config = self.config
+        gate = projected[..., self.conv.kernel.shape[-1] :].reshape(out.shape)
+        out = checkpoint_name(out, "core_attention")
+        out = checkpoint_name(self.norm(out, gate), "norm_out")
+        heads = (config.num_key_heads, config.v_per_key, config.value_head_dim)
+        return self.out(out.reshape(*out.shape[:2], *heads))
+
+    def _decode(
+        self, x: Array, cache: GatedDeltaNetState, lengths: Array | None
+    ) -> tuple[Array, Array, Array]:
+        projected = self._project(x)
+        dtype = projected.dtype
+        result = gated_deltanet_step(
+            projected,
+            self.ba(x),
+            cache.state,
+            cache.conv.astype(dtype),
+            conv_kernel=self.conv.kernel[...].astype(dtype),
+            conv_bias=None if self.conv.bias is None else self.conv.bias[...].astype(dtype),
+            A_log=self.A_log[...],
+            dt_bias=self.dt_bias[...],
+            lengths=lengths,
+            allow_negative_eigenvalues=self.config.allow_negative_eigenvalues,
+        )
+        return self._finish(result.out, projected), result.final_conv_state, result.final_state
+
     def _run(
         self, x: Array, conv: Array | None, state: Array | None, segment_ids: Array | None
     ) -> tuple[Array, Any, Array]:
         config = self.config
-        batch, length = x.shape[:2]
         key_dim, value_dim = config.key_head_dim, config.value_head_dim
-        values = config.v_per_key * value_dim
-        projected = checkpoint_name(self.in_proj(x), "qkv")  # [B, T, Hk, q | k | v | z]
-        gate = projected[..., -values:]
-        per_value_head = (batch, length, config.num_value_heads, value_dim)
-        is_step = state is not None and length <= MAX_DECODE_TOKENS
-        normalised = False
-        if is_step or self.context_parallel is not None:
-            mixed, conv = self.conv(
-                projected[..., :-values],
-                initial_state=conv,
-                segment_ids=segment_ids,
-                context_parallel=self.context_parallel,
-            )
-            query, key = mixed[..., :key_dim], mixed[..., key_dim : 2 * key_dim]
-            value = mixed[..., 2 * key_dim :].reshape(per_value_head)
-        else:
-            made, normalised = self.conv.qkv(
+        projected = self._project(x)
+        g, beta = self._gates(x)
+        options: dict[str, Any] = dict(
+            initial_state=state, segment_ids=segment_ids, chunk_size=config.chunk_size
+        )
+        if self.context_parallel is None:
+            (query, key, value, conv), normalised = self.conv.qkv(
                 projected,
                 dims=(key_dim, value_dim),
                 initial_state=conv,
                 segment_ids=segment_ids,
             )
-            query, key, value, conv = made
-        g, beta = self._gates(x)
-        if is_step:
-            assert state is not None
-            if segment_ids is not None:  # g = 0 and beta = 0 leave the state as it is, bit by bit
-                pads = (segment_ids < 0)[..., None]
-                g, beta = (jnp.where(pads, jnp.zeros((), v.dtype), v) for v in (g, beta))
-            result = gated_delta_rule_step(query, key, value, g, beta, state, use_qk_l2norm=True)
-        else:
-            options: dict[str, Any] = dict(
-                initial_state=state,
-                segment_ids=segment_ids,
-                use_qk_l2norm=not normalised,
-                chunk_size=config.chunk_size,
+            result = gated_delta_rule(
+                query, key, value, g, beta, use_qk_l2norm=not normalised, **options
             )
-            if self.context_parallel is None:
-                result = gated_delta_rule(query, key, value, g, beta, **options)
-            else:
-                options["context_parallel"] = self.context_parallel
-                result = context_gated_delta_rule(query, key, value, g, beta, **options)
-        out = checkpoint_name(result.out, "core_attention")
-        out = checkpoint_name(self.norm(out, gate.reshape(per_value_head)), "norm_out")
-        out = out.reshape(batch, length, config.num_key_heads, config.v_per_key, value_dim)
-        return self.out(out), conv, result.final_state
+        else:
+            # Over rows that are spread over devices the delta rule normalises, and nothing continues them.
+            conv = None
+            mixed = self.conv.over_devices(
+                projected[..., : self.conv.kernel.shape[-1]],
+                segment_ids=segment_ids,
+                context_parallel=self.context_parallel,
+            )
+            query, key = mixed[..., :key_dim], mixed[..., key_dim : 2 * key_dim]
+            value = mixed[..., 2 * key_dim :].reshape(
+                *x.shape[:2], config.num_value_heads, value_dim
+            )
+            result = context_gated_delta_rule(
+                query, key, value, g, beta, use_qk_l2norm=True,
+                context_parallel=self.context_parallel, **options,
+            )  # fmt: skip
+        return self._finish(result.out, projected), conv, result.final_state
 
     def _gates(self, x: Array) -> tuple[Array, Array]:
         """Log decay `g <= 0` and write strength `beta`, both `[B, T, Hv]` float32."""

@@ -19,4 +19,6 @@ from pallas_kernels.delta_rule.api import GatedDeltaRuleOutput as GatedDeltaRule
 from pallas_kernels.delta_rule.api import GatedDeltaRuleStepOutput as GatedDeltaRuleStepOutput
 from pallas_kernels.delta_rule.api import gated_delta_rule as gated_delta_rule
 from pallas_kernels.delta_rule.api import gated_delta_rule_step as gated_delta_rule_step
+from pallas_kernels.deltanet.api import GatedDeltaNetStepOutput as GatedDeltaNetStepOutput
+from pallas_kernels.deltanet.api import gated_deltanet_step as gated_deltanet_step
 from pallas_kernels.explain import explain as explain

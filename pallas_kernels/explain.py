@@ -8,11 +8,13 @@ from pallas_kernels.attention import api as attention
 from pallas_kernels.causal_conv import api as causal_conv
 from pallas_kernels.decode import api as decode
 from pallas_kernels.delta_rule import api as delta_rule
+from pallas_kernels.deltanet import api as deltanet
 
 _EXPLAINERS: dict[str, Callable[..., Explanation]] = {
     "gqa_attention": attention.explain_gqa_attention,
     "gated_delta_rule": delta_rule.explain_gated_delta_rule,
     "gated_delta_rule_step": delta_rule.explain_gated_delta_rule_step,
+    "gated_deltanet_step": deltanet.explain_gated_deltanet_step,
     "causal_conv1d": causal_conv.explain_causal_conv1d,
     "causal_conv1d_qkv": causal_conv.explain_causal_conv1d_qkv,
     "decode_attention": decode.explain_decode_attention,

@@ -348,8 +348,24 @@ def chunk_gradients(
     return ChunkGradients(d_query, d_key, d_residual, d_g, d_beta)
 
 
-def write_and_read(state, query, key, value, decay, beta, *, scale, use_qk_l2norm, spread):
-    """One token on `[Dk, columns]` of a state: `(state after it, output [columns])`. Query, key and decay are `[Dk]`.
+class Token(NamedTuple):
+    """One token of one head as a decode kernel holds it, in float32.
+
+    Attributes:
+      query, key, decay: `[Dk]`; the decay itself, not its logarithm.
+      value: `[columns]`.
+      beta: a scalar.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    decay: jax.Array
+    beta: jax.Array
+
+
+def write_and_read(state, token: Token, *, scale, use_qk_l2norm, spread):
+    """One token on `[Dk, columns]` of a state: `(state after it, output [columns])`.
 
     Every sum over Dk is one over the rows of a `[Dk, columns]` tile, lengths of query and key included (equal in all
     columns), so that a kernel needs one kind of sum. `spread(x, axis)` repeats a vector that lies along `axis` over the
@@ -361,8 +377,9 @@ def write_and_read(state, query, key, value, decay, beta, *, scale, use_qk_l2nor
     def inverse_length(x):
         return jax.lax.rsqrt(total(down(x * x)) + EPSILON) if use_qk_l2norm else 1.0
 
+    query, key = token.query, token.key
     of_key, of_query = inverse_length(key), inverse_length(query)
-    state = state * down(decay)
-    update = beta * (value - of_key * total(state * down(key)))
+    state = state * down(token.decay)
+    update = token.beta * (token.value - of_key * total(state * down(key)))
     state = state + down(key) * spread(of_key * update, 1)
     return state, scale * of_query * total(state * down(query))

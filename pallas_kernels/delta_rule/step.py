@@ -1,6 +1,7 @@
 """Decode steps: the recurrence in XLA, and the kernels with that recurrence as their derivative."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,15 +39,16 @@ def run(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """`(out, state after, states or None)`; the state's dtype is kept."""
     if implementation == "reference":
-        return _recurrence(options, tokens, state, slots)
+        return recurrence(options, tokens, state, slots)
     return _program(implementation, options, tokens, state, slots)
 
 
-def _recurrence(options: Options, tokens: Tokens, state, slots):
+def recurrence(options: Options, tokens: Tokens, state, slots):
+    """What `run` returns, in XLA."""
     compute = algebra.compute_dtype(tokens.value.dtype)
     rows, segment_ids = state, None
     if slots is not None:
-        slots = jnp.where((slots >= 0) & (slots < state.shape[0]), slots, -1)
+        slots = in_pool(slots, state.shape[0])
         rows = state[jnp.maximum(slots, 0)]
         segment_ids = jnp.broadcast_to(jnp.where(slots < 0, -1, 0)[:, None], tokens.value.shape[:2])
     out, rows, states = reference.recurrent(
@@ -60,14 +62,24 @@ def _recurrence(options: Options, tokens: Tokens, state, slots):
     if slots is not None:
         if states is not None:
             states = jnp.where((slots < 0)[:, None, None, None, None], 0, states)
-        nowhere = state.shape[0]
-        rows = state.at[jnp.where(slots < 0, nowhere, slots)].set(rows, mode="drop")
+        rows = into_pool(state, rows, slots)
     return out, rows, states
+
+
+def in_pool(slots, num_slots: int):
+    """`slots` with -1 wherever they name no place in the pool."""
+    return jnp.where((slots >= 0) & (slots < num_slots), slots, -1)
+
+
+def into_pool(pool, rows, slots):
+    """`pool` with each row in its slot; rows with slot -1 go nowhere."""
+    return pool.at[jnp.where(slots < 0, pool.shape[0], slots)].set(rows, mode="drop")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _kernel(implementation, options, tokens, state, slots):
-    return _mapped(implementation, options)(tokens, state, slots)
+    launch = functools.partial(_launch, implementation, options)
+    return by_rows(launch)(tokens, state, slots, ())
 
 
 def _forward(implementation, options, tokens, state, slots):
@@ -77,7 +89,7 @@ def _forward(implementation, options, tokens, state, slots):
 def _backward(implementation, options, residuals, cotangents):
     """By recomputation: a step is a handful of tokens."""
     tokens, state, slots = residuals
-    _, pull = jax.vjp(lambda *x: _recurrence(options, x[0], x[1], slots), tokens, state)
+    _, pull = jax.vjp(lambda *x: recurrence(options, x[0], x[1], slots), tokens, state)
     return *pull(cotangents), None
 
 
@@ -86,44 +98,43 @@ _kernel.defvjp(_forward, _backward)
 _program = functools.partial(jax.jit, static_argnums=(0, 1), inline=True)(_kernel)
 
 
-def _mapped(implementation: str, options: Options):
-    """The kernel, whose `vmap` is more rows (and a larger pool) of the same kernel."""
+def by_rows(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """`launch(tokens, pools, slots, weights)`, whose `vmap` is more rows (and larger pools) of the same kernel.
 
-    @jax.custom_batching.custom_vmap
-    def call(tokens, state, slots):
-        return _launch(implementation, options, tokens, state, slots)
+    `tokens` and `pools` are trees with a leading axis of rows (or of slots), `weights` are the same for all rows; where
+    `vmap` gives each call weights of its own, the calls follow each other.
+    """
+    call: Any = jax.custom_batching.custom_vmap(launch)
 
     @call.def_vmap
     def _(size, batched, *arrays):
         spread = lambda x, is_batched: (
             x if is_batched else jnp.broadcast_to(x[None], (size, *x.shape))
         )
-        tokens, state, slots = jax.tree.map(spread, arrays, tuple(batched))
-        pool = state.shape[1]
+        if any(jax.tree.leaves(batched[3])):
+            results = jax.lax.map(lambda x: call(*x), jax.tree.map(spread, arrays, tuple(batched)))
+            return results, jax.tree.map(lambda _: True, results)
+        weights = arrays[3]
+        tokens, pools, slots = jax.tree.map(spread, arrays[:3], tuple(batched[:3]))
+        pool = jax.tree.leaves(pools)[0].shape[1]
         if slots is not None:
             first = jnp.arange(size, dtype=slots.dtype)[:, None] * pool
-            slots = jnp.where((slots >= 0) & (slots < pool), slots + first, -1)
+            slots = in_pool(slots, pool)
+            slots = jnp.where(slots < 0, -1, slots + first)
         merge = lambda x: x.reshape(-1, *x.shape[2:])
-        results = call(*jax.tree.map(merge, (tokens, state, slots)))
+        results = call(*jax.tree.map(merge, (tokens, pools, slots)), weights)
         results = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), results)
         return results, jax.tree.map(lambda _: True, results)
 
     return call
 
 
-def _launch(implementation: str, options: Options, tokens: Tokens, state, slots):
+def _launch(implementation: str, options: Options, tokens: Tokens, state, slots, weights):
+    del weights  # there are none
     # A kernel's file is imported where it is called: a machine without it never reads it.
-    rows = tokens.query.shape[0]
-    value_heads, key_dim, value_dim = state.shape[1:]
     if implementation == "triton":
         from pallas_kernels.delta_rule import triton_step as kernel
-
-        config = step_tuning.triton_config(key_dim=key_dim, value_dim=value_dim)
     else:
         from pallas_kernels.delta_rule import mosaic_gpu_step as kernel
-
-        config = step_tuning.mosaic_gpu_config(
-            rows=rows, value_heads=value_heads, key_dim=key_dim, value_dim=value_dim,
-            state_dtype=state.dtype,
-        )  # fmt: skip
+    config = step_tuning.config(implementation, rows=tokens.query.shape[0], state=state)
     return kernel.step(*tokens, state, slots=slots, config=config, **options._asdict())

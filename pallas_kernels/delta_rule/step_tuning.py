@@ -22,6 +22,17 @@ class StepConfig:
     warps: int = 4
 
 
+def config(implementation: str, *, rows: int, state) -> StepConfig:
+    """The tile of a kernel for a state `[P, Hv, Dk, Dv]` (an array or its shape and dtype)."""
+    value_heads, key_dim, value_dim = state.shape[1:]
+    if implementation == "triton":
+        return triton_config(key_dim=key_dim, value_dim=value_dim)
+    return mosaic_gpu_config(
+        rows=rows, value_heads=value_heads, key_dim=key_dim, value_dim=value_dim,
+        state_dtype=state.dtype,
+    )  # fmt: skip
+
+
 def mosaic_gpu_config(
     *, rows: int, value_heads: int, key_dim: int, value_dim: int, state_dtype
 ) -> StepConfig:

@@ -52,7 +52,7 @@ def test_generate_reads_the_demo_checkpoint(demo, capfd):
 def test_info_explains_every_operator(capfd):
     assert main(["info"]) == 0
     output = capfd.readouterr().out
-    for word in ("jax", "devices:", "gqa_attention:", "decode_attention:", "gated_delta_rule:"):
+    for word in ("jax", "devices:", "gqa_attention:", "decode_attention:", "gated_deltanet_step:"):
         assert word in output
 
 

@@ -1,0 +1,1 @@
+"""Gated DeltaNet between its projections: convolution, gates and delta rule of a decode step in one kernel."""

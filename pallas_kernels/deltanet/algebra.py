@@ -1,0 +1,73 @@
+"""What both decode kernels make of a token besides the delta rule: convolution, SiLU and gates, in float32.
+
+Written with operations that every backend has and that compile to neither a subroutine nor a lossy approximation.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Inputs(NamedTuple):
+    """What the front end of a kernel reads, as arrays outside and as references inside; None for what is not given.
+
+    Attributes:
+      mixed: `[rows, T, Hk, F]`, F >= C = 2 Dk + n Dv; logits: `[rows, T, Hk, 2 n]`.
+      conv_state: `[P, W, Hk, C]`; conv_kernel: `[W, Hk, C]`; conv_bias: `[Hk, C]`.
+      A_log, dt_bias: `[Hk, n]`.
+      lengths: `[rows]`.
+    """
+
+    mixed: jax.Array
+    logits: jax.Array
+    conv_state: jax.Array
+    conv_kernel: jax.Array
+    conv_bias: jax.Array | None
+    A_log: jax.Array
+    dt_bias: jax.Array
+    lengths: jax.Array | None
+
+
+class Options(NamedTuple):
+    """Everything static about a step."""
+
+    scale: float
+    use_qk_l2norm: bool
+    allow_negative_eigenvalues: bool
+    return_states: bool
+
+
+def convolve(taps, history, bias):
+    """SiLU of the convolution at one token: `taps[w]` belongs to `history[w]`, the current token is the last."""
+    total = sum(tap * x for tap, x in zip(taps, history, strict=True))
+    if bias is not None:
+        total = total + bias
+    return total * sigmoid(total)
+
+
+def sigmoid(x):
+    """`1 / (1 + e^-x)`; 0 where the exponential overflows."""
+    return 1.0 / (1.0 + jnp.exp(-x))
+
+
+def softplus(x):
+    """`log(1 + e^x)` as `max(x, 0) + 2 atanh(z)`, `z = e / (2 + e)` and `e = exp(-|x|)`.
+
+    z is at most 1/3, so eight terms of the series give every digit of a float32, also where the argument of a
+    logarithm would round to 1.
+    """
+    e = jnp.exp(-jnp.maximum(x, -x))
+    z = e / (2.0 + e)
+    square, series = z * z, 0.0
+    for power in range(15, 0, -2):
+        series = series * square + 1.0 / power
+    return jnp.maximum(x, 0.0) + 2.0 * z * series
+
+
+def gates(write, decay, A_log, dt_bias, *, allow_negative_eigenvalues: bool):
+    """`(g, beta)` from the two logits of a value head."""
+    beta = sigmoid(write)
+    if allow_negative_eigenvalues:
+        beta = 2.0 * beta
+    return -jnp.exp(A_log) * softplus(decay + dt_bias), beta

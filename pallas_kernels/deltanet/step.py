@@ -1,0 +1,69 @@
+"""Decode steps of Gated DeltaNet: the composition in XLA, and the kernels with its derivative."""
+
+import functools
+
+import jax
+
+from pallas_kernels.delta_rule import step as delta_rule
+from pallas_kernels.delta_rule import step_tuning as delta_rule_tuning
+from pallas_kernels.deltanet import reference
+from pallas_kernels.deltanet.algebra import Inputs, Options
+
+state_dtype = delta_rule.state_dtype
+
+
+def run(implementation: str, options: Options, inputs: Inputs, state, slots):
+    """`(out, state after, states or None, conv_state after)`; both states keep their dtype."""
+    if implementation == "reference":
+        return reference.step(options, inputs, state, slots)
+    lengths = inputs.lengths
+    return _program(implementation, options, inputs._replace(lengths=None), state, lengths, slots)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _kernel(implementation, options, inputs: Inputs, state, lengths, slots):
+    tokens = (inputs.mixed, inputs.logits, lengths)
+    weights = (inputs.conv_kernel, inputs.conv_bias, inputs.A_log, inputs.dt_bias)
+    launch = functools.partial(_launch, implementation, options)
+    out, after, states, windows = delta_rule.by_rows(launch)(
+        tokens, (state, inputs.conv_state), slots, weights
+    )
+    if slots is not None:
+        slots = delta_rule.in_pool(slots, state.shape[0])
+        windows = delta_rule.into_pool(inputs.conv_state, windows, slots)
+    return out, after, states, windows
+
+
+def _forward(implementation, options, *arrays):
+    return _kernel(implementation, options, *arrays), arrays
+
+
+def _backward(implementation, options, residuals, cotangents):
+    """By recomputation: a step is a handful of tokens."""
+    inputs, state, lengths, slots = residuals
+
+    def step(inputs, state):
+        return reference.step(options, inputs._replace(lengths=lengths), state, slots)
+
+    return *jax.vjp(step, inputs, state)[1](cotangents), None, None
+
+
+_kernel.defvjp(_forward, _backward)
+# Outside `jit`, one program for the operator, not one per operation.
+_program = functools.partial(jax.jit, static_argnums=(0, 1), inline=True)(_kernel)
+
+
+def _launch(implementation: str, options: Options, tokens, pools, slots, weights):
+    # A kernel's file is imported where it is called: a machine without it never reads it.
+    if implementation == "triton":
+        from pallas_kernels.deltanet import triton_step as kernel
+    else:
+        from pallas_kernels.deltanet import mosaic_gpu_step as kernel
+    mixed, logits, lengths = tokens
+    state, conv_state = pools
+    conv_kernel, conv_bias, A_log, dt_bias = weights
+    inputs = Inputs(
+        mixed, logits, conv_state, conv_kernel, conv_bias, A_log, dt_bias, lengths
+    )  # fmt: skip
+    config = delta_rule_tuning.config(implementation, rows=mixed.shape[0], state=state)
+    return kernel.step(inputs, state, slots, options=options, config=config)
