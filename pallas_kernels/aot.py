@@ -38,10 +38,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from pallas_kernels import _aot_cases, _aot_delta_cases, _dispatch, _triton_ptx
-from pallas_kernels._aot_conv_cases import cases as conv_cases
-from pallas_kernels._aot_delta_bwd_cases import cases as delta_backward_cases
-from pallas_kernels._aot_delta_step_cases import cases as delta_step_cases
+from pallas_kernels import _aot_cases, _aot_registry, _dispatch, _triton_ptx
 from pallas_kernels._sass import KernelFacts, parse
 from pallas_kernels._targets import GPUS_PER_HOST as GPUS_PER_HOST
 from pallas_kernels._targets import Rates as Rates
@@ -373,11 +370,7 @@ def main(argv: list[str] | None = None) -> None:
     shape.add_argument("--operator", choices=sorted(_aot_cases.OPERATORS))
     _aot_cases.add_shape_arguments(shape)
     arguments = parser.parse_args(argv)
-    rooms = (
-        _aot_cases.cases, conv_cases, _aot_delta_cases.cases, delta_backward_cases,
-        delta_step_cases,
-    )  # fmt: skip
-    cases = [c for room in rooms for c in room() if fnmatch.fnmatch(c.name, arguments.case)]
+    cases = [c for c in _aot_registry.cases() if fnmatch.fnmatch(c.name, arguments.case)]
     if arguments.operator:
         cases = _aot_cases.from_arguments(arguments)
     if arguments.list:
