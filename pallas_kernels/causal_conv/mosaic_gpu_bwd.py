@@ -167,7 +167,7 @@ def block(shapes: Shapes, inputs: Inputs, cotangents, outputs, s, rows: int) -> 
     start = tile_index * rows
     head, member = shapes.part(part)
     d_query, d_key, d_value = cotangents
-    d_mixed, d_weight, d_bias = (*outputs, None)[:3]
+    d_mixed, d_weight, *d_bias = outputs
 
     def run(dim, first_channel, sources, normalise):
         channels = pl.ds(first_channel, dim)
@@ -189,8 +189,8 @@ def block(shapes: Shapes, inputs: Inputs, cotangents, outputs, s, rows: int) -> 
         plgpu.copy_smem_to_gmem(
             work.d_out.at[pl.ds(0, rows)], d_mixed.at[row, pl.ds(start, rows), head, channels]
         )
-        if d_bias is not None:
-            d_bias.at[row, tile_index, head, channels][...] = sums.pop()
+        for part_of_bias in d_bias:
+            part_of_bias.at[row, tile_index, head, channels][...] = sums.pop()
         for w, total in enumerate(sums):
             d_weight.at[row, tile_index, w, head, channels][...] = total
 
@@ -270,5 +270,5 @@ def backward(
         kernel_name="causal_conv_qkv_backward",
         **_options(shapes),
     )(*operands, *cotangents)
-    d_weight, d_bias = (*(jnp.sum(part, axis=1) for part in parts), None)[:2]
-    return d_mixed, d_weight, d_bias
+    d_weight, *d_bias = (jnp.sum(part, axis=1) for part in parts)
+    return d_mixed, d_weight, d_bias[0] if d_bias else None

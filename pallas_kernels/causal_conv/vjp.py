@@ -76,7 +76,7 @@ def _gradient(options: Options, operands: Operands, cotangents) -> Any:
     d_mixed, d_weight, d_bias = launch(_filters(operands), (_of_rows(operands), cotangents))
     spare = operands.mixed.shape[-1] - d_mixed.shape[-1]
     # Parts of rows are added here, where `vmap` sees them apart.
-    total = lambda parts, x: None if x is None else jnp.sum(parts, axis=0).astype(x.dtype)
+    total: Any = lambda parts, x: None if x is None else jnp.sum(parts, axis=0).astype(x.dtype)
     return Operands(
         jnp.pad(d_mixed, ((0, 0), (0, 0), (0, 0), (0, spare))),
         total(d_weight, operands.weight),

@@ -277,6 +277,12 @@ def test_reasons(x64):
     assert reason("9.0", width=10) == "W must be at most 9, got 10"
     assert reason("9.0", spare=4) == "F values must fill a multiple of 16 bytes, got F=196"
     assert reason("9.0", length=0) == "it needs at least one token"
+    sizes = {"B": 1, "T": 4, "F": 192, "W": 4}
+    assert "`jax.shard_map(check_vma=False)`" in str(
+        tuning.unsupported_reason(
+            "mosaic_gpu", dtype=jnp.bfloat16, sizes=sizes, varying=True, compute_capability="9.0", **DIMS
+        )
+    )  # fmt: skip
     mixed, weight = jnp.ones((1, 4, 2, 192)), jnp.ones((4, 2, 192))
     with pytest.raises(NotImplementedError, match=r"mosaic_gpu.*cannot run this call.*9\.0"):
         causal_conv1d_qkv(mixed, weight, implementation="mosaic_gpu", **DIMS)
@@ -288,11 +294,11 @@ def test_the_layer_normalises_in_the_kernel_once_that_is_preferred():
     )
     layer = GatedDeltaNet(config, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 9, 16)), jnp.float32)
-    expected = layer(x)
+    expected = jax.jit(lambda x: layer(x))(x)
     with interpreted(), mock.patch.object(tuning, "preferred", return_value=True):
         assert reason("9.0") == ""
         with mock.patch("gqa_jax.gated_deltanet.gated_delta_rule", wraps=gated_delta_rule) as rule:
-            actual = jax.block_until_ready(layer(x))
+            actual = jax.block_until_ready(jax.jit(lambda x: layer(x))(x))
     assert not rule.call_args.kwargs["use_qk_l2norm"]
     assert_close(actual, expected, atol=1e-5)
 
