@@ -143,6 +143,7 @@ class Place(NamedTuple):
 
 
 def locate(shapes: Shapes, chain: Chain) -> Place:
+    """Where this block stands. Each role asks: known to both, it would be spilled before they have their registers."""
     head, state = lax.axis_index("heads"), lax.axis_index("row")
     row, first, steps = (chain.spans[state, i] for i in range(3))
     column = lax.axis_index("columns") * (shapes.chain_owners * COLUMNS)
@@ -190,11 +191,12 @@ def fetch(shapes: Shapes, chain: Chain, s, place: Place, step, slot) -> None:
     plgpu.copy_gmem_to_smem(chain.tables.at[of_chunk], s.tables.at[slot], ready)
 
 
-def feeding_role(shapes: Shapes, chain: Chain, s, place: Place) -> None:
+def feeding_role(shapes: Shapes, chain: Chain, s) -> None:
     """Feeds chunks, `stages` ahead; going backwards also makes P, one chunk ahead."""
-    stages, steps = shapes.config.stages, place.steps
     if shapes.chain_owners > 1:
         plgpu.set_max_registers(shapes.config.feeding_registers, action="decrease")
+    place = locate(shapes, chain)
+    stages, steps = shapes.config.stages, place.steps
 
     @pl.loop(0, lax.min(stages, steps))
     def _(step):
@@ -273,10 +275,11 @@ def retreated(shapes: Shapes, s, wg, slot, step, state, rounded):
     return unit * _mosaic_gpu.added(both, (whole * per_unit) * state)
 
 
-def chain_role(shapes: Shapes, chain: Chain, s, place: Place, wg) -> None:
+def chain_role(shapes: Shapes, chain: Chain, s, wg) -> None:
     """64 value columns of a head, from one end of the row to the other."""
     if shapes.chain_owners > 1:
         plgpu.set_max_registers(shapes.config.chain_registers, action="increase")
+    place = locate(shapes, chain)
     columns = pl.ds(place.column + wg * COLUMNS, COLUMNS)
     edge = (place.state, place.head, columns)
     state = plgpu.load(chain.edge.at[edge], layout=MATRIX, optimized=False)
@@ -317,10 +320,9 @@ def run_chain(shapes: Shapes, name: str, arrays: dict[str, jax.Array]):
     def kernel(*refs, **scratch):
         named = dict(zip([*arrays, *out_type], refs, strict=True))
         chain = Chain(**{field: named.get(field) for field in Chain._fields})
-        place = locate(shapes, chain)
         s, wg = _mosaic_gpu.Scratch(scratch), lax.axis_index("warpgroup")
-        pl.when(wg < owners)(lambda: chain_role(shapes, chain, s, place, wg))
-        pl.when(wg == owners)(lambda: feeding_role(shapes, chain, s, place))
+        pl.when(wg < owners)(lambda: chain_role(shapes, chain, s, wg))
+        pl.when(wg == owners)(lambda: feeding_role(shapes, chain, s))
 
     return plgpu.kernel(
         kernel,
