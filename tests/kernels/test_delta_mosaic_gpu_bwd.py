@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels import GatedDeltaRuleOutput, gated_delta_rule
-from pallas_kernels.delta_rule import mosaic_gpu_bwd, mosaic_gpu_prologue, order
+from pallas_kernels.delta_rule import (
+    mosaic_gpu_bwd,
+    mosaic_gpu_prologue,
+    mosaic_gpu_tuning,
+    order,
+)
 from pallas_kernels.delta_rule.mosaic_gpu_tuning import BackwardConfig
 from tests.support import compare, delta_cases
 from tests.support.mosaic_gpu_interpreter import interpreted
@@ -182,3 +187,9 @@ def test_twice_and_tiled_otherwise_is_bitwise_the_same():
     for config in (DEFAULT, BackwardConfig(chain_owners=1, stages=2)):
         for name, a, b in zip(FIELDS, first, run(case, config=config), strict=True):
             compare.assert_bitwise_equal(a, b, what=name)
+
+
+@pytest.mark.parametrize("heads, fixed, owners", [(66, False, 1), (67, False, 2), (67, True, 1)])
+def test_few_heads_or_fixed_registers_spread_a_head_over_blocks(monkeypatch, heads, fixed, owners):
+    monkeypatch.setattr(mosaic_gpu_tuning, "FIXED_REGISTERS", fixed)
+    assert mosaic_gpu_tuning.backward_config(heads=heads) == BackwardConfig(chain_owners=owners)
