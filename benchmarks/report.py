@@ -372,6 +372,17 @@ REPORTS: dict[str, Report] = {
             "launched": field("launched"),
         },
     ),
+    "deltanet_gpu": Report(
+        title="Around the gated delta rule on a GPU: milliseconds, and relative errors against float64",
+        columns={
+            "shape": field("shape"),
+            "direction": field("direction"),
+            "implementation": field("implementation"),
+            "ms": delta_rule_seconds,
+            "worst error": worst_error,
+            "of copy bandwidth": lambda row: f"{row['of_copy']:.0%}",
+        },
+    ),
 }
 
 

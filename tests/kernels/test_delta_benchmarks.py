@@ -6,6 +6,7 @@ import pytest
 from benchmarks.suites import delta_rule_floor as floor
 from benchmarks.suites import delta_rule_gpu as gpu
 from benchmarks.suites import delta_rule_rounding as rounding
+from benchmarks.suites import deltanet_gpu
 from tests.support import delta_cases
 from tests.support.compare import relative_error
 
@@ -53,6 +54,19 @@ def test_the_gpu_suite_runs_at_toy_size():
     assert {(rule, "chunked"), *((decode, name) for name in gpu.STEPS)} <= checked
     reasons = {row["implementation"]: row["left_out"] for row in rows if "left_out" in row}
     assert set(gpu.PEERS) <= set(reasons)
+
+
+def test_the_suite_of_the_layer_runs_at_toy_size():
+    rows = deltanet_gpu.measure(True)
+    checked = {(row["shape"], row["implementation"]) for row in rows if row.get("checked")}
+    convolution, step = (shape.label for shape in deltanet_gpu.TOY)
+    assert checked == {
+        *((convolution, name) for name in ("reference", "mosaic_gpu")),
+        *((step, name) for name in gpu.STEPS),
+    }
+    # 32 states of 64 KiB twice; windows and tokens are a few per cent.
+    assert deltanet_gpu.SHAPES[2].least_bytes(False) == pytest.approx(2 * 32 * 2**16, rel=0.1)
+    assert deltanet_gpu.SHAPES[0].least_bytes(False) == 2 * 8192 * 16 * 2**10
 
 
 def test_a_failure_of_a_peer_is_a_row_and_one_of_ours_an_error(monkeypatch):
