@@ -23,6 +23,7 @@ class DeltaShape:
     dim: int = 128
     segments: bool = False
     dtype: Any = jnp.bfloat16
+    use_qk_l2norm: bool = True
 
     @property
     def length(self) -> int:
@@ -39,7 +40,7 @@ class DeltaShape:
         """Operands of `mosaic_gpu_fwd.forward`."""
         struct, rows, half = jax.ShapeDtypeStruct, (self.rows, self.length), jnp.float16
         heads = (self.rows, self.value_heads)
-        key = struct((*rows, self.key_heads, self.dim), half)
+        key = struct((*rows, self.key_heads, self.dim), self.dtype)
         return {
             "query": key,
             "key": key,
@@ -63,6 +64,7 @@ SHAPES = (
     DeltaShape("d64", dim=64),
     DeltaShape("16x64", value_heads=64),
     DeltaShape("fp16", dtype=jnp.float16),
+    DeltaShape("4x8k-any-length", rows=4, use_qk_l2norm=False),
 )
 
 
@@ -70,7 +72,7 @@ def _inverse(shape: DeltaShape) -> Case:
     def build() -> Program:
         arrays = shape.arrays()
         run = lambda key, stacked: mosaic_gpu_prologue.inverse(
-            key, stacked, segments=shape.segments
+            key, stacked, segments=shape.segments, use_qk_l2norm=shape.use_qk_l2norm
         )
         return run, (arrays["key"], arrays["stacked"])
 
@@ -88,7 +90,10 @@ def _inverse(shape: DeltaShape) -> Case:
 def _forward(shape: DeltaShape) -> Case:
     def build() -> Program:
         def delta_rule_forward(*arrays):
-            return mosaic_gpu_fwd.forward(*arrays, config=shape.config(), segments=shape.segments)
+            return mosaic_gpu_fwd.forward(
+                *arrays, config=shape.config(), segments=shape.segments,
+                use_qk_l2norm=shape.use_qk_l2norm,
+            )  # fmt: skip
 
         return delta_rule_forward, tuple(shape.arrays().values())
 
@@ -110,8 +115,9 @@ def _transition(shape: DeltaShape) -> Case:
 
         def delta_rule_transition(key, stacked, inverse, start):
             return mosaic_gpu_fwd.final_state(
-                key, None, stacked, inverse, start, config=shape.config()
-            )
+                key, None, stacked, inverse, start, config=shape.config(),
+                use_qk_l2norm=shape.use_qk_l2norm,
+            )  # fmt: skip
 
         names = ("key", "stacked", "inverse", "start")
         return delta_rule_transition, tuple(arrays[name] for name in names)

@@ -1,11 +1,17 @@
 """What the delta rule kernels say about a chunk in the same words: layouts of its matrices, gates, products."""
 
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mosaic_gpu
+from pallas_kernels._l2norm import EPSILON
 from pallas_kernels.delta_rule import order
 from pallas_kernels.delta_rule.mosaic_gpu_tuning import CHUNK
 
@@ -58,3 +64,59 @@ def product(left, right):
         return accumulator[...]
 
     return pl.run_scoped(run, _mosaic_gpu.accumulator(*SQUARE))
+
+
+HALF = jnp.float16
+# Exponents of float32: 2^-100 and 2^100, beyond which a quotient might overflow; one; what 1 / 2^n is taken from.
+SMALLEST, LARGEST, ONE_MORE, INVERSE_OF = (127 - 100) << 23, (127 + 100) << 23, 1 << 23, 254 << 23
+EXPONENT = 0xFF << 23
+
+
+def as_half(x: jax.Array) -> jax.Array:
+    """The bits of 16-bit numbers, named float16: a tile of them can become float16 where it lies."""
+    return x if x.dtype == HALF else lax.bitcast_convert_type(x, HALF)
+
+
+def halved(tile, given: Any, factor) -> Any:
+    """Turns a tile of 64 tokens into float16 where it lies, each token times a factor; returns what `factor` left.
+
+    Args:
+      tile: `[64, D]` in shared memory, the bits of numbers of type `given`.
+      factor: from an iterator over parts of 64 columns in float32 to `(factor per row or None, anything)`.
+    """
+    places = [tile.at[:, pl.ds(first, CHUNK)] for first in range(0, tile.shape[1], CHUNK)]
+
+    def wide(place):
+        bits = plgpu.load(place, layout=MATRIX)
+        return (bits if given == HALF else lax.bitcast_convert_type(bits, given)).astype(
+            jnp.float32
+        )
+
+    scale, rest = factor(map(wide, places))
+    for place in places:
+        value = wide(place)
+        place[...] = (value if scale is None else value * across(scale)).astype(HALF)
+    return rest
+
+
+def inverse_length(parts: Iterator[Any]):
+    """For `halved`: each token is divided by its length, as `l2_normalize` does."""
+    squares = sum(jnp.sum(part * part, axis=1) for part in parts)
+    return lax.rsqrt(squares + EPSILON), None
+
+
+def inverse_size(parts: Iterator[Any]):
+    """For `halved`: each token is divided by a power of two larger than all it holds, which is handed on."""
+    size = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(part), axis=1) for part in parts))
+    bits = lax.bitcast_convert_type(size, jnp.int32) & EXPONENT
+    bits = jnp.minimum(jnp.maximum(bits + ONE_MORE, SMALLEST), LARGEST)
+    inverse = lax.bitcast_convert_type(INVERSE_OF - bits, jnp.float32)
+    return inverse, lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def half_keys(tile, given: Any, use_qk_l2norm: bool) -> None:
+    """Keys of a chunk as the products take them; `commit_smem` before that."""
+    if use_qk_l2norm:
+        halved(tile, given, inverse_length)
+    elif given != HALF:
+        halved(tile, given, lambda _: (None, None))

@@ -8,9 +8,10 @@ from one state to the next instead of three:
     out = read (since_start Q S + F W)
 
 A block walks the chunks of one value head (or of half its value channels). One warpgroup runs one chunk ahead: it
-brings tiles by TMA and makes X and F. One or two warpgroups hold 64 value channels each of the transposed state, in
-float32 registers from the first chunk to the last; rounded, those registers are the left operand of `S^T K^T` and
-`S^T Q^T`, so that neither state nor W passes through shared memory.
+brings tiles by TMA, makes queries and keys float16 of length 1 where they lie, and then X and F. One or two warpgroups
+hold 64 value channels each of the transposed state, in float32 registers from the first chunk to the last; rounded,
+those registers are the left operand of `S^T K^T` and `S^T Q^T`, so that neither state nor W passes through shared
+memory.
 
 Layout: query, key `[z, N 64, Hk, Dk]`, value and out `[z, N 64, Hv, Dv]`, T `[z, Hv, N, 64, 64]`, gates
 `[z, Hv, N, 9, 64]` (`order.stacked`), states transposed, `[rows, Hv, Dv, Dk]`. `spans` gives each state its chunks, so
@@ -36,18 +37,26 @@ from pallas_kernels import _mosaic_gpu
 from pallas_kernels._mosaic_gpu import ROWS
 from pallas_kernels.delta_rule import order
 from pallas_kernels.delta_rule.mosaic_gpu_chunk import (
+    HALF,
     MATRIX,
     PER_COLUMN,
     PER_ROW,
     SQUARE,
     TRANSPOSED,
     across,
+    as_half,
     down,
     gated,
-    places,
+    half_keys,
+    halved,
+    inverse_length,
+    inverse_size,
     product,
 )
 from pallas_kernels.delta_rule.mosaic_gpu_tuning import CHUNK, ForwardConfig
+
+# Rows of `positions`, both 0, 1, ..., 63: of one array the compiler would ask for one layout.
+ROW, COLUMN = range(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +66,8 @@ class Shapes:
     Attributes:
       rows: states, each with a span of chunks.
       width: value channels of a state.
+      given: dtype of queries and keys in device memory; in shared memory they become float16.
+      use_qk_l2norm: each of them is divided by its length then.
       values: False where every value is zero (the map of a segment).
       output: False where only the final state is wanted.
     """
@@ -66,7 +77,8 @@ class Shapes:
     group: int
     key_dim: int
     width: int
-    dtype: Any
+    given: Any
+    use_qk_l2norm: bool
     value_dtype: Any
     segments: bool
     values: bool
@@ -100,7 +112,7 @@ class Outputs(NamedTuple):
 
 def scratch_spec(shapes: Shapes) -> dict[str, Any]:
     """Shared memory and barriers of one block."""
-    stages, dtype, dim = shapes.config.stages, shapes.dtype, shapes.key_dim
+    stages, dtype, dim = shapes.config.stages, HALF, shapes.key_dim
     copies = 3 + (1 if shapes.output else 0) + (shapes.owners if shapes.values else 0)
     spec = {
         "keys": _mosaic_gpu.tile((stages, CHUNK, dim), dtype),
@@ -108,6 +120,7 @@ def scratch_spec(shapes: Shapes) -> dict[str, Any]:
         "inverse": _mosaic_gpu.tile((2, *SQUARE), dtype),
         "scaled": _mosaic_gpu.tile(SQUARE, dtype),
         "writes": _mosaic_gpu.tile((2, CHUNK, dim), dtype),
+        "positions": plgpu.SMEM((2, CHUNK), jnp.int32),
         "ready": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=shapes.owners, num_barriers=stages),
         "folded": plgpu.Barrier(num_barriers=2),
@@ -134,6 +147,7 @@ class Block(NamedTuple):
 
 
 def locate(shapes: Shapes, inputs: Inputs) -> Block:
+    """Where this block stands. Each role asks: known to both, it would be spilled before they have their registers."""
     row, head, part = (lax.axis_index(name) for name in ("row", "heads", "part"))
     source, first, chunks = (inputs.spans[row, i] for i in range(3))
     channel = part * (shapes.owners * ROWS)
@@ -161,11 +175,24 @@ def fetch(shapes: Shapes, inputs: Inputs, s, block: Block, step) -> None:
         plgpu.copy_gmem_to_smem(box, s.values.at[slot, owner], ready)
 
 
+def prepare(shapes: Shapes, s, slot) -> None:
+    """Keys and queries of a chunk as float16, where they lie; what a query was divided by multiplies what it reads."""
+    half_keys(s.keys.at[slot], shapes.given, shapes.use_qk_l2norm)
+    if shapes.output:
+        size = inverse_length if shapes.use_qk_l2norm else inverse_size
+        length = halved(s.queries.at[slot], shapes.given, size)
+        if length is not None:
+            read = s.tables.at[slot, order.READ]
+            read[...] = plgpu.load(read, layout=PER_ROW) * length
+    plgpu.commit_smem()
+
+
 def fold(shapes: Shapes, s, step) -> None:
     """Makes X and F of a chunk."""
     slot, two = lax.rem(step, shapes.config.stages), lax.rem(step, 2)
     table, inverse = s.tables.at[slot], s.inverse.at[two]
     plgpu.barrier_wait(s.ready.at[slot])
+    prepare(shapes, s, slot)
 
     @pl.when(step >= 2)
     def _():
@@ -173,25 +200,33 @@ def fold(shapes: Shapes, s, step) -> None:
 
     if shapes.output:
         scores = product(s.queries.at[slot], s.keys.at[slot].T)
-        row, column = places()
+        row = across(plgpu.load(s.positions.at[ROW], layout=PER_ROW))
+        column = down(plgpu.load(s.positions.at[COLUMN], layout=PER_COLUMN))
         scores = scores * gated(table, row >= column, shapes.segments)
-        s.reads.at[two][...] = product(scores.astype(shapes.dtype), inverse).astype(shapes.dtype)
+        s.reads.at[two][...] = product(scores.astype(HALF), inverse).astype(HALF)
     until = across(plgpu.load(table.at[order.UNTIL], layout=PER_ROW))
     scaled = plgpu.load(inverse, layout=MATRIX).astype(jnp.float32) * until
-    s.scaled[...] = scaled.astype(shapes.dtype)
+    s.scaled[...] = scaled.astype(HALF)
     plgpu.commit_smem()
     for part in range(shapes.key_dim // CHUNK):  # by 64 columns, to leave registers to the chain
         columns = pl.ds(part * CHUNK, CHUNK)
         writes = product(s.scaled.T, s.keys.at[slot, :, columns])
-        s.writes.at[two, :, columns][...] = writes.astype(shapes.dtype)
+        s.writes.at[two, :, columns][...] = writes.astype(HALF)
     plgpu.commit_smem()
     plgpu.barrier_arrive(s.folded.at[two])
 
 
-def ahead_role(shapes: Shapes, inputs: Inputs, s, block: Block) -> None:
-    config, chunks = shapes.config, block.chunks
+def ahead_role(shapes: Shapes, inputs: Inputs, s) -> None:
+    config = shapes.config
     if config.ahead_registers:
         plgpu.set_max_registers(config.ahead_registers, action="decrease")
+    block = locate(shapes, inputs)
+    chunks = block.chunks
+    # Read where they are needed: made there, they would live in registers throughout, and others be spilled.
+    for axis in (ROW, COLUMN):
+        place = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=PER_ROW)
+        s.positions.at[axis][...] = place
+    plgpu.commit_smem()
     pl.when(chunks > 0)(lambda: fetch(shapes, inputs, s, block, 0))
 
     @pl.loop(0, chunks)
@@ -221,7 +256,7 @@ def ahead_role(shapes: Shapes, inputs: Inputs, s, block: Block) -> None:
 
 def ask_state(shapes: Shapes, s, slot, wg, state) -> tuple[Any, Any]:
     """What the state says about the keys, less than what is to be written (W^T); and about the queries."""
-    half, table = state.astype(shapes.dtype), s.tables.at[slot]
+    half, table = state.astype(HALF), s.tables.at[slot]
     by_token = lambda row: down(plgpu.load(table.at[row], layout=PER_COLUMN))
 
     def write(recalled):
@@ -242,8 +277,8 @@ def ask_state(shapes: Shapes, s, slot, wg, state) -> tuple[Any, Any]:
     if shapes.output and shapes.config.overlap:
         wanted, carried = pl.run_scoped(both, square, square)
         # Rounded only now: a register that feeds a product in flight may not be written.
-        return wanted.astype(shapes.dtype), carried * by_token(order.SINCE)
-    written = write(product(half, s.keys.at[slot].T)).astype(shapes.dtype)
+        return wanted.astype(HALF), carried * by_token(order.SINCE)
+    written = write(product(half, s.keys.at[slot].T)).astype(HALF)
     if not shapes.output:
         return written, None
     return written, product(half, s.queries.at[slot].T) * by_token(order.SINCE)
@@ -269,10 +304,12 @@ def advance(shapes: Shapes, s, slot, two, state, written, carried) -> tuple[Any,
     return state, out * read
 
 
-def chain_role(shapes: Shapes, inputs: Inputs, outputs: Outputs, s, block: Block, wg) -> None:
-    config, chunks = shapes.config, block.chunks
+def chain_role(shapes: Shapes, inputs: Inputs, outputs: Outputs, s, wg) -> None:
+    config = shapes.config
     if config.chain_registers:
         plgpu.set_max_registers(config.chain_registers, action="increase")
+    block = locate(shapes, inputs)
+    chunks = block.chunks
     channels = pl.ds(block.channel + wg * ROWS, ROWS)
     place = (block.row, block.head, channels)
     state = plgpu.load(inputs.start.at[place], layout=MATRIX, optimized=False)
@@ -285,10 +322,10 @@ def chain_role(shapes: Shapes, inputs: Inputs, outputs: Outputs, s, block: Block
     def body(step, state):
         slot, two = lax.rem(step, config.stages), lax.rem(step, 2)
         plgpu.barrier_wait(s.ready.at[slot])
+        plgpu.barrier_wait(s.folded.at[two])
         written, carried = ask_state(shapes, s, slot, wg, state)
         if shapes.output:
             pl.when(step > 0)(lambda: release(step - 1))
-        plgpu.barrier_wait(s.folded.at[two])
         state, out = advance(shapes, s, slot, two, state, written, carried)
         plgpu.barrier_arrive(s.used.at[two])
         if shapes.output:
@@ -317,34 +354,37 @@ def chain_role(shapes: Shapes, inputs: Inputs, outputs: Outputs, s, block: Block
 
 def forward(
     query: jax.Array, key: jax.Array, value: jax.Array, stacked: jax.Array, inverse: jax.Array, start: jax.Array, *,
-    config: ForwardConfig, segments: bool, spans: jax.Array | None = None,
+    config: ForwardConfig, segments: bool, use_qk_l2norm: bool = False, spans: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """`(out [z, N 64, Hv, Dv], final [rows, Hv, Dk, Dv])`, the value's dtype and float32.
 
     Args:
-      query, key: `[z, N 64, Hk, Dk]`, bfloat16 or float16, zero on padding.
+      query, key: `[z, N 64, Hk, Dk]`, bfloat16 or float16, zero on padding; products take them as float16.
       value: `[z, N 64, Hv, Dv]`, bfloat16 or float16. Dk, Dv: 64 or 128.
       stacked: `order.stacked`.
-      inverse: T `[z, Hv, N, 64, 64]`, the key's dtype.
+      inverse: T `[z, Hv, N, 64, 64]`, float16.
       start: `[rows, Hv, Dk, Dv]` float32, divided by the unit; so is the final state.
       segments: whether segments start inside of chunks.
+      use_qk_l2norm: queries and keys are divided by their lengths first; else a key's is at most 1, a query's any.
       spans: int32 `[rows, 3]`, the row of tokens, first chunk and number of chunks of each state, disjoint; None where
         state z walks all of row z. Outputs of chunks that no span holds are undefined.
     """
-    return _call(query, key, value, stacked, inverse, start, config, segments, spans)
+    return _call(query, key, value, stacked, inverse, start, config, segments, use_qk_l2norm, spans)
 
 
 def final_state(
     key: jax.Array, value: jax.Array | None, stacked: jax.Array, inverse: jax.Array, start: jax.Array, *,
-    config: ForwardConfig, spans: jax.Array | None = None,
+    config: ForwardConfig, use_qk_l2norm: bool = False, spans: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """The final state of `forward` alone; without a value, that of values which are all zero."""
-    return _call(None, key, value, stacked, inverse, start, config, False, spans)[1]
+    return _call(None, key, value, stacked, inverse, start, config, False, use_qk_l2norm, spans)[1]
 
 
 def _call(
-    query, key, value: Any, stacked, inverse, start, config, segments, spans
+    query, key, value: Any, stacked, inverse, start, config, segments, use_qk_l2norm, spans
 ) -> tuple[Any, Any]:
+    given_dtype, key = key.dtype, as_half(key)
+    query = None if query is None else as_half(query)
     rows, value_heads, key_dim, width = start.shape
     if spans is None:
         whole = jnp.full((rows,), stacked.shape[2], jnp.int32)
@@ -353,7 +393,7 @@ def _call(
     given |= {"start": jnp.swapaxes(start, 2, 3), "spans": spans}
     given = {name: array for name, array in given.items() if array is not None}
     shapes = Shapes(
-        rows, value_heads, value_heads // key.shape[2], key_dim, width, key.dtype,
+        rows, value_heads, value_heads // key.shape[2], key_dim, width, given_dtype, use_qk_l2norm,
         None if value is None else value.dtype, segments, value is not None, query is not None, config,
     )  # fmt: skip
     out_type = [jax.ShapeDtypeStruct((rows, value_heads, width, key_dim), jnp.float32)]
@@ -366,9 +406,9 @@ def _call(
         final, *out = references[len(given) :]
         outputs = Outputs(out[0] if out else None, final)
         s = _mosaic_gpu.Scratch(scratch)
-        block, wg = locate(shapes, inputs), lax.axis_index("warpgroup")
-        pl.when(wg < shapes.owners)(lambda: chain_role(shapes, inputs, outputs, s, block, wg))
-        pl.when(wg == shapes.owners)(lambda: ahead_role(shapes, inputs, s, block))
+        wg = lax.axis_index("warpgroup")
+        pl.when(wg < shapes.owners)(lambda: chain_role(shapes, inputs, outputs, s, wg))
+        pl.when(wg == shapes.owners)(lambda: ahead_role(shapes, inputs, s))
 
     final, *out = plgpu.kernel(
         delta_rule_forward,

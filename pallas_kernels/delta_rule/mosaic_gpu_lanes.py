@@ -1,8 +1,9 @@
 """The Hopper forward kernels over a whole call: half-precision operands, T, maps of segments, then the chain.
 
-Queries and keys become float16 whatever they were: they have length about 1, where float16 is eight times finer than
-bfloat16; a query that is not normalised here is first divided by a power of two. Values and states are divided, inside
-the kernels, by a power of two per head, so that nothing overflows. Head dims are filled up with zeros to 64 or 128.
+The kernels make queries and keys float16 whatever they were: they have length about 1, where float16 is eight times
+finer than bfloat16; a query that is not normalised is first divided by a power of two. Values and states are divided,
+in the kernels too, by a power of two per head, so that nothing overflows. Head dims are filled up with zeros to 64 or
+128.
 
 A row cut into P segments ("lanes") is walked twice: the first time without outputs, from zero and from the identity
 (with values of zero), which yields each segment's affine map `S -> M S + E` of its start state.
@@ -15,7 +16,6 @@ import jax.numpy as jnp
 
 from pallas_kernels import _mosaic_gpu
 from pallas_kernels.delta_rule import (
-    algebra,
     mosaic_gpu_fwd,
     mosaic_gpu_prologue,
     mosaic_gpu_tuning,
@@ -68,16 +68,7 @@ def operands(plan: Plan, order: Order, tokens: Tokens, initial_state) -> Operand
         x = x if real is None else jnp.where(real, x, jnp.zeros_like(x))
         return _mosaic_gpu.pad_axis(x, 3, mosaic_gpu_tuning.padded_dim(x.shape[3]))
 
-    query, key = (clean(x).astype(jnp.float32) for x in (tokens.query, tokens.key))
-    value = clean(tokens.value)
-    if plan.use_qk_l2norm:
-        query, key = algebra.l2_normalize(query), algebra.l2_normalize(key)
-        length = jnp.ones_like(query[..., 0])
-    else:
-        length = power_of_two(jnp.max(jnp.abs(query), axis=-1))
-        query = query / length[..., None]
-    read = plan.scale * jnp.swapaxes(length, 1, 2)
-
+    query, key, value = (clean(x) for x in (tokens.query, tokens.key, tokens.value))
     sizes = jnp.max(jnp.abs(value), axis=(1, 3)).astype(jnp.float32)
     sizes = jnp.max(sizes.reshape(plan.batch, plan.lanes, -1), axis=1)
     states = jnp.max(jnp.abs(initial_state), axis=(2, 3))
@@ -86,11 +77,10 @@ def operands(plan: Plan, order: Order, tokens: Tokens, initial_state) -> Operand
     unit = power_of_two(jnp.maximum(sizes, states))
     stacked = orders.stacked(
         orders.tables(plan, order, tokens.g, tokens.beta),
-        read,
+        plan.scale,
         jnp.repeat(unit, plan.lanes, axis=0),
     )
-    half = jnp.float16
-    return Operands(query.astype(half), key.astype(half), value, stacked, unit)
+    return Operands(query, key, value, stacked, unit)
 
 
 def forward(
@@ -99,7 +89,9 @@ def forward(
     """`(out [B, T, Hv, Dv], final_state, Kept)` of the whole call."""
     call = operands(plan, order, tokens, initial_state)
     segments = order.segment is not None
-    inverse = mosaic_gpu_prologue.inverse(call.key, call.stacked, segments=segments)
+    inverse = mosaic_gpu_prologue.inverse(
+        call.key, call.stacked, segments=segments, use_qk_l2norm=plan.use_qk_l2norm
+    )
     key_dim, value_dim = initial_state.shape[2:]
     wide_key, wide_value = call.key.shape[3], call.value.shape[3]
     widen = lambda x: _mosaic_gpu.pad_axis(_mosaic_gpu.pad_axis(x, 2, wide_key), 3, wide_value)
@@ -116,7 +108,7 @@ def forward(
             grouped(initial_state), shape=(1, *grouped(initial_state).shape[1:])
         )
     elif plan.lanes > 1:
-        transition, extra = _maps(call, inverse)
+        transition, extra = _maps(plan, call, inverse)
         start = orders.through_lanes(plan, grouped(start), grouped(transition), grouped(extra))
         start = start.reshape(extra.shape)
         transition = grouped(transition[..., :key_dim, :key_dim])
@@ -128,7 +120,7 @@ def forward(
     )
     out, final = mosaic_gpu_fwd.forward(
         call.query, call.key, call.value, call.stacked, inverse, start, config=config,
-        segments=segments, spans=spans,
+        segments=segments, use_qk_l2norm=plan.use_qk_l2norm, spans=spans,
     )  # fmt: skip
     if plan.lanes > 1:
         final = final.reshape(plan.batch, plan.lanes, *final.shape[1:])[:, -1]
@@ -136,13 +128,14 @@ def forward(
     return out, narrow(final) * unit, Kept(inverse, kept_start, transition)
 
 
-def _maps(call: Operands, inverse) -> tuple[jax.Array, jax.Array]:
+def _maps(plan: Plan, call: Operands, inverse) -> tuple[jax.Array, jax.Array]:
     """M `[z, Hv, Dk, Dk]` and E `[z, Hv, Dk, Dv]` of every lane."""
     rows, heads = inverse.shape[:2]
     key_dim, value_dim = call.key.shape[3], call.value.shape[3]
     run = lambda value, start: mosaic_gpu_fwd.final_state(
         call.key, value, call.stacked, inverse, start,
         config=mosaic_gpu_tuning.forward_config(width=start.shape[3], heads=rows * heads),
+        use_qk_l2norm=plan.use_qk_l2norm,
     )  # fmt: skip
     identity = jnp.eye(key_dim, dtype=jnp.float32)[None, None]
     transition = run(None, jnp.broadcast_to(identity, (rows, heads, key_dim, key_dim)))

@@ -17,6 +17,7 @@ with beta near 1 its columns then add up to `1 - beta`, and errors E made entry 
 As `T (I - E)`, which rounds to the same large entries and lets the small ones below make up for them, T is off by a
 rounding relative to whatever it leaves.
 
+Keys come as bfloat16 or float16 and become float16 in their tile, divided by their length if the caller wants that.
 Layout: key `[z, N 64, Hk, D]`, tables `[z, Hv, N, 9, 64]` (`order.stacked`), result `[z, Hv, N, 64, 64]`, beta not
 folded in. Units: natural logarithms; exponents are masked before `exp`. Shared memory: `128 D + 40 KiB + 1 KiB n`.
 
@@ -35,10 +36,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _mosaic_gpu
 from pallas_kernels.delta_rule import order
 from pallas_kernels.delta_rule.mosaic_gpu_chunk import (
+    HALF,
     PER_ROW,
     SQUARE,
     across,
+    as_half,
     gated,
+    half_keys,
     places,
     product,
 )
@@ -54,16 +58,17 @@ class Shapes:
     key_heads: int
     group: int
     key_dim: int
-    dtype: Any
+    given: Any
+    use_qk_l2norm: bool
     result: Any
     segments: bool
 
 
 def scratch_spec(shapes: Shapes) -> dict[str, Any]:
     """Shared memory and barriers of one block."""
-    half = jnp.float16
+    half = HALF
     return {
-        "keys": _mosaic_gpu.tile((CHUNK, shapes.key_dim), shapes.dtype),
+        "keys": _mosaic_gpu.tile((CHUNK, shapes.key_dim), half),
         "tables": plgpu.SMEM((shapes.group, order.BETA + 1, CHUNK), jnp.float32),
         "lower": _mosaic_gpu.tile((2, *SQUARE), half),
         # Two, so that a warp may write the next while another still multiplies by this one.
@@ -132,6 +137,8 @@ def role(shapes: Shapes, key, tables, result, s) -> None:
         box = tables.at[row, head * shapes.group + index, chunk, pl.ds(0, order.BETA + 1)]
         plgpu.copy_gmem_to_smem(box, s.tables.at[index], s.ready)
     plgpu.barrier_wait(s.ready)
+    half_keys(s.keys, shapes.given, shapes.use_qk_l2norm)
+    plgpu.commit_smem()
     overlap = product(s.keys, s.keys.T)
 
     @pl.loop(0, shapes.group)
@@ -152,19 +159,21 @@ def role(shapes: Shapes, key, tables, result, s) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def inverse(key: jax.Array, stacked: jax.Array, *, segments: bool, dtype: Any = None) -> jax.Array:
-    """T of every chunk, `[z, Hv, N, 64, 64]` in `dtype` (the key's by default).
+def inverse(
+    key: jax.Array, stacked: jax.Array, *, segments: bool, use_qk_l2norm: bool = False, dtype: Any = HALF
+) -> jax.Array:  # fmt: skip
+    """T of every chunk, `[z, Hv, N, 64, 64]` in `dtype`.
 
     Args:
-      key: `[z, N 64, Hk, D]`, bfloat16 or float16, D a multiple of 64 up to 256, keys of length at most 1.
+      key: `[z, N 64, Hk, D]`, bfloat16 or float16, D a multiple of 64 up to 256; products take it as float16.
       stacked: `order.stacked`.
       segments: whether segments start inside of chunks.
+      use_qk_l2norm: keys are divided by their length first; else it is at most 1.
     """
     rows, length, key_heads, key_dim = key.shape
     value_heads, chunks = stacked.shape[1:3]
-    dtype = key.dtype if dtype is None else dtype
     shapes = Shapes(
-        rows, chunks, key_heads, value_heads // key_heads, key_dim, key.dtype, dtype,
+        rows, chunks, key_heads, value_heads // key_heads, key_dim, key.dtype, use_qk_l2norm, dtype,
         segments,
     )  # fmt: skip
     assert length == chunks * CHUNK
@@ -183,4 +192,4 @@ def inverse(key: jax.Array, stacked: jax.Array, *, segments: bool, dtype: Any = 
         thread_name="warpgroup",
         kernel_name="delta_rule_inverse",
         **_mosaic_gpu.kernel_options(),
-    )(key, stacked)
+    )(as_half(key), stacked)

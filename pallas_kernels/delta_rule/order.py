@@ -318,11 +318,11 @@ def tables(plan: Plan, order: Order, g, beta) -> Tables:
 HIGH, LOW, SEGMENT, BETA, UNTIL, SINCE, WRITE, FADE, READ = range(9)
 
 
-def stacked(tables: Tables, read, unit) -> jax.Array:
+def stacked(tables: Tables, scale: float, unit) -> jax.Array:
     """What one chunk of one head needs, side by side, `[z, Hv, N, 9, C]` float32: one copy brings it all.
 
     Args:
-      read: `[z, Hk, N C]`, multiplies what a token reads (the scale, times what its query was divided by).
+      scale: multiplies what a token reads.
       unit: `[z, Hv]`, what values and states are divided by inside the kernel.
     """
     rows, heads, length = tables.beta.shape
@@ -330,12 +330,11 @@ def stacked(tables: Tables, read, unit) -> jax.Array:
     segment = jnp.zeros_like(tables.beta)
     if tables.segment is not None:
         segment += tables.segment[:, None].astype(jnp.float32)
-    by_key_head = (rows, read.shape[1], heads // read.shape[1])
-    read = read[:, :, None] * unit.reshape(by_key_head)[..., None]
+    read = jnp.broadcast_to(scale * unit[..., None], tables.beta.shape)
     table = (
         tables.decay_high, tables.decay_low, segment, tables.beta, tables.until_end,
         tables.since_start, tables.beta / unit[..., None], tables.beta * tables.since_start,
-        read.reshape(rows, heads, length),
+        read,
     )  # fmt: skip
     chunks = lambda x: x.reshape(rows, heads, count, length // count)
     return jnp.stack([chunks(row) for row in table], axis=3)

@@ -67,6 +67,30 @@ def test_nasty_inputs(name):
     check(delta_cases.nasty_cases(4, 140, 64)[name])
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dim, lanes", [(64, 3), (128, 1)])
+def test_normalises_in_the_kernels(dim, lanes, dtype):
+    """Queries and keys of any length, zero among them, in rows that a chunk does not divide."""
+    case = delta_cases.random_case(14, 1, 200, 1, 2, dim, dim)
+    rng = np.random.default_rng(14)
+    sizes = np.exp(rng.uniform(-3, 3, case.key.shape[:3]))[..., None]
+    sizes[:, 5:8] = 0.0
+    arrays = (case.query * sizes, case.key * sizes[:, ::-1], case.value)
+    query, key, value = (jnp.asarray(x, dtype) for x in arrays)
+    g, beta, state = (jnp.asarray(x, jnp.float32) for x in (case.g, case.beta, case.initial_state))
+    options = {"initial_state": state, "use_qk_l2norm": True}
+    jax.clear_caches()
+    with interpreted(), mock.patch.object(mosaic_gpu_tuning, "lanes", return_value=lanes):
+        found = gated_delta_rule(query, key, value, g, beta, **options, **KERNEL)
+        found = jax.block_until_ready(found)
+    jax.clear_caches()
+    wide = (x.astype(jnp.float32) for x in (query, key, value))
+    exact = gated_delta_rule(*wide, g, beta, **options, implementation="reference")
+    limits = compare.DELTA_RULE_TOLERANCES[jnp.dtype(dtype).name]
+    for name, one, other in zip(("out", "final_state"), found, exact, strict=True):
+        assert compare.relative_error(one, other) <= limits[name], name
+
+
 def test_packed_in_place():
     rng = np.random.default_rng(5)
     ids = np.sort(rng.integers(0, 5, (2, 130)), axis=1)
@@ -153,7 +177,7 @@ def inverses(case, dtype):
     key = jnp.asarray(case.key, jnp.float16)
     g, beta = (jnp.asarray(x, jnp.float32) for x in (case.g, case.beta))
     tables = orders.tables(plan, orders.Order(), g, beta)
-    stacked = orders.stacked(tables, jnp.ones((1, 1, 64)), jnp.ones((1, 2)))
+    stacked = orders.stacked(tables, 1.0, jnp.ones((1, 2)))
     run = jax.jit(lambda *x: mosaic_gpu_prologue.inverse(*x, segments=False, dtype=dtype))
     with interpreted():
         found = np.asarray(jax.block_until_ready(run(key, stacked)), np.float64)[0, :, 0]
@@ -215,7 +239,7 @@ def test_outputs_are_written_everywhere():
     half = lambda x: orders.to_rows(plan, orders.Order(), jnp.asarray(x, jnp.float16))
     g, beta = (jnp.asarray(x, jnp.float32) for x in (case.g, case.beta))
     tables = orders.tables(plan, orders.Order(), g, beta)
-    stacked = orders.stacked(tables, jnp.ones((1, 1, 192)), jnp.ones((1, 1)))
+    stacked = orders.stacked(tables, 1.0, jnp.ones((1, 1)))
 
     def run(query, key, value, start):
         inverse = mosaic_gpu_prologue.inverse(key, stacked, segments=False)

@@ -35,12 +35,12 @@ def forward(*, output: bool) -> None:
     stacked = jnp.zeros((1, 1, CHUNKS, order.READ + 1, CHUNK), jnp.float32)
     inverse = operand(1, 1, 1, CHUNKS, CHUNK, CHUNK, scale=1.0)
     start = jnp.zeros((1, 1, 64, 64), jnp.float32)
-    config = ForwardConfig()
+    options = {"config": ForwardConfig(), "use_qk_l2norm": True}
 
     def call(x, *rest):
         if output:
-            return mosaic_gpu_fwd.forward(x, x, x, *rest, config=config, segments=False)
-        return mosaic_gpu_fwd.final_state(x, x, *rest, config=config)
+            return mosaic_gpu_fwd.forward(x, x, x, *rest, segments=False, **options)
+        return mosaic_gpu_fwd.final_state(x, x, *rest, **options)
 
     jax.block_until_ready(jax.jit(call)(tokens, stacked, inverse, start))
 
@@ -49,7 +49,8 @@ def inverse() -> None:
     """One chunk of a key head that three value heads share: the tile of the result is used again."""
     key = operand(0, 1, CHUNK, 1, 64)
     stacked = jnp.zeros((1, 3, 1, order.READ + 1, CHUNK), jnp.float32)
-    call = lambda *arrays: mosaic_gpu_prologue.inverse(*arrays, segments=False)
+    options = {"segments": False, "use_qk_l2norm": True}
+    call = lambda *arrays: mosaic_gpu_prologue.inverse(*arrays, **options)
     jax.block_until_ready(jax.jit(call)(key, stacked))
 
 
@@ -108,7 +109,12 @@ IMPLIED = {
     FORWARD[
         -1
     ]: "every copy's tile has been waited for, and device memory is complete when the kernel is",
-    found(INVERSE, "role", "commit_smem")[0]: ONE_THREAD,
+    found(INVERSE, "role", "commit_smem")[1]: ONE_THREAD,
+    # Positions before they are read.
+    found(FORWARD, "ahead_role", "commit_smem")[0]: ONE_THREAD,
+    found(FORWARD, "chain_role", "barrier_wait")[
+        0
+    ]: "whoever made X has waited for the chunk's tiles; the chain asks again, not to rest on what follows from what",
     # Positions before they are read; R before dN takes its tile; P before the scores' cotangent takes its tile.
     found(GRADIENTS, "gradient_role", "commit_smem")[0]: ONE_THREAD,
     found(GRADIENTS, "write_gradients", "commit_smem")[1]: ONE_THREAD,
