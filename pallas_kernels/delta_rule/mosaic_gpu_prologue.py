@@ -66,13 +66,12 @@ class Shapes:
 
 def scratch_spec(shapes: Shapes) -> dict[str, Any]:
     """Shared memory and barriers of one block."""
-    half = HALF
     return {
-        "keys": _mosaic_gpu.tile((CHUNK, shapes.key_dim), half),
+        "keys": _mosaic_gpu.tile((CHUNK, shapes.key_dim), HALF),
         "tables": plgpu.SMEM((shapes.group, order.BETA + 1, CHUNK), jnp.float32),
-        "lower": _mosaic_gpu.tile((2, *SQUARE), half),
+        "lower": _mosaic_gpu.tile((2, *SQUARE), HALF),
         # Two, so that a warp may write the next while another still multiplies by this one.
-        "inverse": _mosaic_gpu.tile((2, *SQUARE), half),
+        "inverse": _mosaic_gpu.tile((2, *SQUARE), HALF),
         "made": _mosaic_gpu.tile(SQUARE, shapes.result),
         "ready": plgpu.Barrier(num_arrivals=1 + shapes.group),
     }
