@@ -45,7 +45,7 @@ class DeltaShape:
             "query": key,
             "key": key,
             "value": struct((*rows, self.value_heads, self.dim), self.dtype),
-            "stacked": struct((*heads, self.chunks, order.READ + 1, CHUNK), jnp.float32),
+            "stacked": struct((*heads, self.chunks, order.TABLE_ROWS, CHUNK), jnp.float32),
             "inverse": struct((*heads, self.chunks, CHUNK, CHUNK), half),
             "start": struct((*heads, self.dim, self.dim), jnp.float32),
         }
@@ -82,7 +82,7 @@ def _inverse(shape: DeltaShape) -> Case:
     count = shape.dim // 16 + 2 * square + 5 * square
     flops = 2.0 * shape.tokens * CHUNK
     flops *= shape.key_heads * shape.dim + shape.value_heads * 15 * CHUNK
-    tables = shape.bytes_of("stacked") * (order.BETA + 1) / (order.READ + 1)
+    tables = shape.bytes_of("stacked") * (order.BETA + 1) / order.TABLE_ROWS
     moved = shape.bytes_of("key", "inverse") + tables
     return Case(f"gated_delta_rule/inverse/{shape.label}", build, flops, moved, (count,))
 
@@ -91,7 +91,7 @@ def _forward(shape: DeltaShape) -> Case:
     def build() -> Program:
         def delta_rule_forward(*arrays):
             return mosaic_gpu_fwd.forward(
-                *arrays, config=shape.config(), segments=shape.segments,
+                *arrays, config=shape.config(), scale=shape.dim**-0.5, segments=shape.segments,
                 use_qk_l2norm=shape.use_qk_l2norm,
             )  # fmt: skip
 

@@ -105,13 +105,34 @@ def inverse_length(parts: Iterator[Any]):
     return lax.rsqrt(squares + EPSILON), None
 
 
+def power_of_two(size):
+    """The smallest power of two above `size`, from 2^-100 (of zero and of what is not finite) to 2^100."""
+    bits = lax.bitcast_convert_type(size, jnp.int32) & EXPONENT
+    # The exponent of infinity is the highest: one more makes the number negative.
+    bits = jnp.minimum(jnp.maximum(bits + ONE_MORE, SMALLEST), LARGEST)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def inverse_power(power):
+    """1 over a power of two."""
+    bits = lax.bitcast_convert_type(power, jnp.int32)
+    return lax.bitcast_convert_type(INVERSE_OF - bits, jnp.float32)
+
+
+def own_unit(size):
+    """What a token of that size is divided by: a zero token by 1, since its cotangent is not zero."""
+    return jnp.where(size == 0.0, 1.0, power_of_two(size))
+
+
+def largest(parts: Iterator[Any]):
+    """The largest absolute value of each token."""
+    return functools.reduce(jnp.maximum, (jnp.max(jnp.abs(part), axis=1) for part in parts))
+
+
 def inverse_size(parts: Iterator[Any]):
     """For `halved`: each token is divided by a power of two larger than all it holds, which is handed on."""
-    size = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(part), axis=1) for part in parts))
-    bits = lax.bitcast_convert_type(size, jnp.int32) & EXPONENT
-    bits = jnp.minimum(jnp.maximum(bits + ONE_MORE, SMALLEST), LARGEST)
-    inverse = lax.bitcast_convert_type(INVERSE_OF - bits, jnp.float32)
-    return inverse, lax.bitcast_convert_type(bits, jnp.float32)
+    unit = own_unit(largest(parts))
+    return inverse_power(unit), unit
 
 
 def half_keys(tile, given: Any, use_qk_l2norm: bool) -> None:

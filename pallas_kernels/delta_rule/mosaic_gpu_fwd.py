@@ -14,12 +14,13 @@ those registers are the left operand of `S^T K^T` and `S^T Q^T`, so that neither
 memory.
 
 Layout: query, key `[z, N 64, Hk, Dk]`, value and out `[z, N 64, Hv, Dv]`, T `[z, Hv, N, 64, 64]`, gates
-`[z, Hv, N, 9, 64]` (`order.stacked`), states transposed, `[rows, Hv, Dv, Dk]`. `spans` gives each state its chunks, so
+`[z, Hv, N, 6, 64]` (`order.stacked`), states transposed, `[rows, Hv, Dv, Dk]`. `spans` gives each state its chunks, so
 that packed sequences, each of which begins a chunk, take a row each. Beta stays outside of T, in float32.
 
-Units: states and W are divided by a power of two per head (`order.stacked`), so that float16 operands, eight times
-finer than bfloat16, hold values of any size. Shared memory at Dk = Dv = 128: 144 KiB of tiles in three stages, 16 of
-T, 8 of scaled T, 32 of X, 16 of F, 7 of gates.
+Units: states and W are divided by a power of two, so that float16 operands, eight times finer than bfloat16, hold
+values of any size. It is larger than the first state and every value so far: the warpgroup ahead raises it where a
+chunk holds a larger one, in factors of the gates' table with which the chain multiplies in any case. Shared memory at
+Dk = Dv = 128: 144 KiB of tiles in three stages, 16 of T, 8 of scaled T, 32 of X, 16 of F, 6 of gates.
 
 Source: Yang et al., Gated Delta Networks (arXiv 2412.06464), section 3.3; docs/gated_delta_rule.md.
 """
@@ -50,13 +51,19 @@ from pallas_kernels.delta_rule.mosaic_gpu_chunk import (
     half_keys,
     halved,
     inverse_length,
+    inverse_power,
     inverse_size,
+    largest,
+    power_of_two,
     product,
 )
 from pallas_kernels.delta_rule.mosaic_gpu_tuning import CHUNK, ForwardConfig
 
 # Rows of `positions`, both 0, 1, ..., 63: of one array the compiler would ask for one layout.
 ROW, COLUMN = range(2)
+# Rows of a chunk's table that `prepare` makes of it, factors per token: of its value in what is written; of what the
+# state says about its query (the last one: of the state itself); of what it says about its key; of the output.
+WRITE, CARRY, FADE, READ = order.BETA, order.SINCE, order.TABLE_ROWS, order.TABLE_ROWS + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +75,7 @@ class Shapes:
       width: value channels of a state.
       given: dtype of queries and keys in device memory; in shared memory they become float16.
       use_qk_l2norm: each of them is divided by its length then.
+      scale: multiplies what a token reads.
       values: False where every value is zero (the map of a segment).
       output: False where only the final state is wanted.
     """
@@ -79,6 +87,7 @@ class Shapes:
     width: int
     given: Any
     use_qk_l2norm: bool
+    scale: float
     value_dtype: Any
     segments: bool
     values: bool
@@ -99,7 +108,8 @@ class Inputs(NamedTuple):
     value: Any
     inverse: Any
     tables: Any
-    start: Any
+    start: Any  # divided by `unit`
+    unit: Any  # [rows, Hv]
     spans: Any  # [rows, 3]: row of the tokens, first chunk, chunks
 
 
@@ -107,7 +117,8 @@ class Outputs(NamedTuple):
     """References to device memory."""
 
     out: Any
-    final: Any
+    final: Any  # divided by `unit`
+    unit: Any  # [rows, Hv, splits, 64], each of the 64 the same
 
 
 def scratch_spec(shapes: Shapes) -> dict[str, Any]:
@@ -116,7 +127,9 @@ def scratch_spec(shapes: Shapes) -> dict[str, Any]:
     copies = 3 + (1 if shapes.output else 0) + (shapes.owners if shapes.values else 0)
     spec = {
         "keys": _mosaic_gpu.tile((stages, CHUNK, dim), dtype),
-        "tables": plgpu.SMEM((stages, order.READ + 1, CHUNK), jnp.float32),
+        "tables": plgpu.SMEM((stages, READ + 1, CHUNK), jnp.float32),
+        "sizes": plgpu.SMEM((CHUNK,), jnp.float32),
+        "unit": plgpu.SMEM((CHUNK,), jnp.float32),
         "inverse": _mosaic_gpu.tile((2, *SQUARE), dtype),
         "scaled": _mosaic_gpu.tile(SQUARE, dtype),
         "writes": _mosaic_gpu.tile((2, CHUNK, dim), dtype),
@@ -166,7 +179,8 @@ def fetch(shapes: Shapes, inputs: Inputs, s, block: Block, step) -> None:
     place, head = (block.source, tokens), (block.source, block.head, chunk)
     plgpu.copy_gmem_to_smem(inputs.key.at[*place, block.key_head], s.keys.at[slot], ready)
     plgpu.copy_gmem_to_smem(inputs.inverse.at[head], s.inverse.at[lax.rem(step, 2)], ready)
-    plgpu.copy_gmem_to_smem(inputs.tables.at[head], s.tables.at[slot], ready)
+    rows = s.tables.at[slot, pl.ds(0, order.TABLE_ROWS)]
+    plgpu.copy_gmem_to_smem(inputs.tables.at[head], rows, ready)
     if shapes.output:
         plgpu.copy_gmem_to_smem(inputs.query.at[*place, block.key_head], s.queries.at[slot], ready)
     for owner in range(shapes.owners if shapes.values else 0):
@@ -175,15 +189,37 @@ def fetch(shapes: Shapes, inputs: Inputs, s, block: Block, step) -> None:
         plgpu.copy_gmem_to_smem(box, s.values.at[slot, owner], ready)
 
 
+def raised(shapes: Shapes, s, slot) -> tuple[Any, Any]:
+    """The unit before the chunk and the one that its values ask for, per token (all the same)."""
+    before = plgpu.load(s.unit, layout=PER_ROW)
+    if not shapes.values:
+        return before, before
+    tiles = (s.values.at[slot, owner] for owner in range(shapes.owners))
+    wide = (plgpu.load(tile, layout=MATRIX).astype(jnp.float32) for tile in tiles)
+    s.sizes[...] = largest(wide)
+    plgpu.commit_smem()
+    size = jnp.max(down(plgpu.load(s.sizes, layout=PER_COLUMN)), axis=1)
+    unit = jnp.maximum(before, power_of_two(size))
+    s.unit[...] = unit
+    return before, unit
+
+
 def prepare(shapes: Shapes, s, slot) -> None:
-    """Keys and queries of a chunk as float16, where they lie; what a query was divided by multiplies what it reads."""
+    """Keys and queries of a chunk as float16, where they lie, and its factors."""
     half_keys(s.keys.at[slot], shapes.given, shapes.use_qk_l2norm)
+    table = s.tables.at[slot]
+    beta, since = (plgpu.load(table.at[row], layout=PER_ROW) for row in (order.BETA, order.SINCE))
+    before, unit = raised(shapes, s, slot)
+    inverse = inverse_power(unit)
+    carry = since * (before * inverse)
+    table.at[WRITE][...] = beta * inverse
+    table.at[FADE][...] = beta * carry
+    table.at[CARRY][...] = carry
     if shapes.output:
         size = inverse_length if shapes.use_qk_l2norm else inverse_size
         length = halved(s.queries.at[slot], shapes.given, size)
-        if length is not None:
-            read = s.tables.at[slot, order.READ]
-            read[...] = plgpu.load(read, layout=PER_ROW) * length
+        read = shapes.scale * unit
+        table.at[READ][...] = read if length is None else read * length
     plgpu.commit_smem()
 
 
@@ -216,7 +252,7 @@ def fold(shapes: Shapes, s, step) -> None:
     plgpu.barrier_arrive(s.folded.at[two])
 
 
-def ahead_role(shapes: Shapes, inputs: Inputs, s) -> None:
+def ahead_role(shapes: Shapes, inputs: Inputs, outputs: Outputs, s) -> None:
     config = shapes.config
     if config.ahead_registers:
         plgpu.set_max_registers(config.ahead_registers, action="decrease")
@@ -226,6 +262,8 @@ def ahead_role(shapes: Shapes, inputs: Inputs, s) -> None:
     for axis in (ROW, COLUMN):
         place = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=PER_ROW)
         s.positions.at[axis][...] = place
+    unit = inputs.unit[block.row, block.head]
+    s.unit[...] = plgpu.layout_cast(lax.broadcast(unit, (CHUNK,)), PER_ROW)
     plgpu.commit_smem()
     pl.when(chunks > 0)(lambda: fetch(shapes, inputs, s, block, 0))
 
@@ -239,6 +277,11 @@ def ahead_role(shapes: Shapes, inputs: Inputs, s) -> None:
 
         pl.when(following < chunks)(lambda: fetch(shapes, inputs, s, block, following))
         fold(shapes, s, step)
+
+    # Behind the barrier of the last chunk, or of the first unit.
+    part = lax.axis_index("part")
+    plgpu.copy_smem_to_gmem(s.unit, outputs.unit.at[block.row, block.head, part])
+    plgpu.wait_smem_to_gmem(0)
 
     if _mosaic_gpu.interpreting():
         # The interpreter insists that every completed phase of a barrier is observed; the hardware does not care.
@@ -260,11 +303,11 @@ def ask_state(shapes: Shapes, s, slot, wg, state) -> tuple[Any, Any]:
     by_token = lambda row: down(plgpu.load(table.at[row], layout=PER_COLUMN))
 
     def write(recalled):
-        wanted = -by_token(order.FADE) * recalled
+        wanted = -by_token(FADE) * recalled
         if shapes.values:
             value = plgpu.load(s.values.at[slot, wg].T, layout=TRANSPOSED)
             value = plgpu.layout_cast(value, MATRIX).astype(jnp.float32)
-            wanted = wanted + by_token(order.WRITE) * value
+            wanted = wanted + by_token(WRITE) * value
         return wanted
 
     def both(recalled_ref, carried_ref):
@@ -277,16 +320,16 @@ def ask_state(shapes: Shapes, s, slot, wg, state) -> tuple[Any, Any]:
     if shapes.output and shapes.config.overlap:
         wanted, carried = pl.run_scoped(both, square, square)
         # Rounded only now: a register that feeds a product in flight may not be written.
-        return wanted.astype(HALF), carried * by_token(order.SINCE)
+        return wanted.astype(HALF), carried * by_token(CARRY)
     written = write(product(half, s.keys.at[slot].T)).astype(HALF)
     if not shapes.output:
         return written, None
-    return written, product(half, s.queries.at[slot].T) * by_token(order.SINCE)
+    return written, product(half, s.queries.at[slot].T) * by_token(CARRY)
 
 
 def advance(shapes: Shapes, s, slot, two, state, written, carried) -> tuple[Any, Any]:
     """The state after the chunk, and the chunk's output, transposed."""
-    state = state * s.tables[slot, order.SINCE, CHUNK - 1]
+    state = state * s.tables[slot, CARRY, CHUNK - 1]
     if not shapes.output:
         return _mosaic_gpu.added(lambda a: plgpu.wgmma(a, written, s.writes.at[two]), state), None
 
@@ -300,7 +343,7 @@ def advance(shapes: Shapes, s, slot, two, state, written, carried) -> tuple[Any,
     state, out = pl.run_scoped(
         both, _mosaic_gpu.accumulator(ROWS, shapes.key_dim), _mosaic_gpu.accumulator(*SQUARE)
     )
-    read = down(plgpu.load(s.tables.at[slot, order.READ], layout=PER_COLUMN))
+    read = down(plgpu.load(s.tables.at[slot, READ], layout=PER_COLUMN))
     return state, out * read
 
 
@@ -352,24 +395,41 @@ def chain_role(shapes: Shapes, inputs: Inputs, outputs: Outputs, s, wg) -> None:
 # --- the kernel ------------------------------------------------------------------------------------------------------
 
 
+class Result(NamedTuple):
+    """What a walk leaves.
+
+    Attributes:
+      out: `[z, N 64, Hv, Dv]`, the value's dtype.
+      final: `[rows, Hv, Dk, Dv]` float32.
+      unit: `[rows, Hv]` float32, a power of two above all values and the first state of the row and head.
+    """
+
+    out: Any
+    final: jax.Array
+    unit: jax.Array
+
+
 def forward(
     query: jax.Array, key: jax.Array, value: jax.Array, stacked: jax.Array, inverse: jax.Array, start: jax.Array, *,
-    config: ForwardConfig, segments: bool, use_qk_l2norm: bool = False, spans: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """`(out [z, N 64, Hv, Dv], final [rows, Hv, Dk, Dv])`, the value's dtype and float32.
+    config: ForwardConfig, scale: float, segments: bool, use_qk_l2norm: bool = False, spans: jax.Array | None = None,
+) -> Result:  # fmt: skip
+    """The chain with outputs.
 
     Args:
       query, key: `[z, N 64, Hk, Dk]`, bfloat16 or float16, zero on padding; products take them as float16.
       value: `[z, N 64, Hv, Dv]`, bfloat16 or float16. Dk, Dv: 64 or 128.
       stacked: `order.stacked`.
       inverse: T `[z, Hv, N, 64, 64]`, float16.
-      start: `[rows, Hv, Dk, Dv]` float32, divided by the unit; so is the final state.
+      start: `[rows, Hv, Dk, Dv]` float32.
+      scale: multiplies what a token reads.
       segments: whether segments start inside of chunks.
       use_qk_l2norm: queries and keys are divided by their lengths first; else a key's is at most 1, a query's any.
       spans: int32 `[rows, 3]`, the row of tokens, first chunk and number of chunks of each state, disjoint; None where
         state z walks all of row z. Outputs of chunks that no span holds are undefined.
     """
-    return _call(query, key, value, stacked, inverse, start, config, segments, use_qk_l2norm, spans)
+    return _call(
+        query, key, value, stacked, inverse, start, config, scale, segments, use_qk_l2norm, spans
+    )
 
 
 def final_state(
@@ -377,40 +437,48 @@ def final_state(
     config: ForwardConfig, use_qk_l2norm: bool = False, spans: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """The final state of `forward` alone; without a value, that of values which are all zero."""
-    return _call(None, key, value, stacked, inverse, start, config, False, use_qk_l2norm, spans)[1]
+    return _call(
+        None, key, value, stacked, inverse, start, config, 1.0, False, use_qk_l2norm, spans
+    ).final
 
 
 def _call(
-    query, key, value: Any, stacked, inverse, start, config, segments, use_qk_l2norm, spans
-) -> tuple[Any, Any]:
+    query, key, value: Any, stacked, inverse, start, config, scale, segments, use_qk_l2norm, spans
+) -> Result:
     given_dtype, key = key.dtype, as_half(key)
     query = None if query is None else as_half(query)
     rows, value_heads, key_dim, width = start.shape
     if spans is None:
         whole = jnp.full((rows,), stacked.shape[2], jnp.int32)
         spans = jnp.stack([jnp.arange(rows, dtype=jnp.int32), jnp.zeros_like(whole), whole], axis=1)
+    unit = power_of_two(jnp.max(jnp.abs(start), axis=(2, 3)))
     given = {"query": query, "key": key, "value": value, "inverse": inverse, "tables": stacked}
-    given |= {"start": jnp.swapaxes(start, 2, 3), "spans": spans}
+    given |= {"start": jnp.swapaxes(start / unit[..., None, None], 2, 3)}
+    given |= {"unit": unit, "spans": spans}
     given = {name: array for name, array in given.items() if array is not None}
     shapes = Shapes(
         rows, value_heads, value_heads // key.shape[2], key_dim, width, given_dtype, use_qk_l2norm,
-        None if value is None else value.dtype, segments, value is not None, query is not None, config,
+        scale, None if value is None else value.dtype, segments, value is not None, query is not None,
+        config,
     )  # fmt: skip
-    out_type = [jax.ShapeDtypeStruct((rows, value_heads, width, key_dim), jnp.float32)]
+    out_type = [
+        jax.ShapeDtypeStruct((rows, value_heads, width, key_dim), jnp.float32),
+        jax.ShapeDtypeStruct((rows, value_heads, config.splits, CHUNK), jnp.float32),
+    ]
     if query is not None and value is not None:
         out_type.append(jax.ShapeDtypeStruct(value.shape, value.dtype))
 
     def delta_rule_forward(*references, **scratch):
         extra = dict(zip(given, references, strict=False))
         inputs = Inputs(**{name: extra.get(name) for name in Inputs._fields})
-        final, *out = references[len(given) :]
-        outputs = Outputs(out[0] if out else None, final)
+        final, unit, *out = references[len(given) :]
+        outputs = Outputs(out[0] if out else None, final, unit)
         s = _mosaic_gpu.Scratch(scratch)
         wg = lax.axis_index("warpgroup")
         pl.when(wg < shapes.owners)(lambda: chain_role(shapes, inputs, outputs, s, wg))
-        pl.when(wg == shapes.owners)(lambda: ahead_role(shapes, inputs, s))
+        pl.when(wg == shapes.owners)(lambda: ahead_role(shapes, inputs, outputs, s))
 
-    final, *out = plgpu.kernel(
+    final, unit, *out = plgpu.kernel(
         delta_rule_forward,
         out_type=out_type,
         scratch_types=scratch_spec(shapes),
@@ -421,4 +489,7 @@ def _call(
         kernel_name="delta_rule_forward" if shapes.output else "delta_rule_final_state",
         **_mosaic_gpu.kernel_options(),
     )(*given.values())
-    return (out[0] if out else None), jnp.swapaxes(final, 2, 3)
+    unit = unit[..., 0]
+    by_channel = jnp.repeat(unit, width // config.splits, axis=2)[..., None]
+    final = jnp.swapaxes(final * by_channel, 2, 3)
+    return Result(out[0] if out else None, final, jnp.max(unit, axis=2))

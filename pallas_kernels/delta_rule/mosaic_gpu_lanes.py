@@ -1,9 +1,8 @@
 """The Hopper forward kernels over a whole call: half-precision operands, T, maps of segments, then the chain.
 
 The kernels make queries and keys float16 whatever they were: they have length about 1, where float16 is eight times
-finer than bfloat16; a query that is not normalised is first divided by a power of two. Values and states are divided,
-in the kernels too, by a power of two per head, so that nothing overflows. Head dims are filled up with zeros to 64 or
-128.
+finer than bfloat16; a query that is not normalised is first divided by a power of two. Head dims are filled up with
+zeros to 64 or 128.
 
 A row cut into P segments ("lanes") is walked twice: the first time without outputs, from zero and from the identity
 (with values of zero), which yields each segment's affine map `S -> M S + E` of its start state.
@@ -29,34 +28,29 @@ class Kept(NamedTuple):
 
     Attributes:
       inverse: `[z, Hv, N, 64, 64]` float16.
+      tables: `order.stacked`.
+      unit: `[z, Hv]`, or of each packed sequence: a power of two above all values and the start state.
       start: `[z, h, n, Dk, Dv]`, the state at the start of every lane.
       transition: `[z, h, n, Dk, Dk]`, each lane's M; None with one lane.
     """
 
     inverse: jax.Array
+    tables: jax.Array
+    unit: jax.Array
     start: jax.Array
     transition: jax.Array | None
 
 
 class Operands(NamedTuple):
-    """What the kernels read: see `mosaic_gpu_fwd.forward`; `unit` is `[B, Hv]`."""
+    """What the kernels read: see `mosaic_gpu_fwd.forward`."""
 
     query: jax.Array
     key: jax.Array
     value: jax.Array
-    stacked: jax.Array
-    unit: jax.Array
+    tables: jax.Array
 
 
-def power_of_two(size):
-    """A power of two between `size` and `2 size`; 1 for zero and for what is not finite."""
-    usable = (size > 0.0) & jnp.isfinite(size)
-    _, exponent = jnp.frexp(jnp.where(usable, size, 0.5))
-    # Beyond these a float32 quotient would overflow.
-    return jnp.ldexp(jnp.ones_like(size), jnp.clip(exponent, -100, 100))
-
-
-def operands(plan: Plan, order: Order, tokens: Tokens, initial_state) -> Operands:
+def operands(plan: Plan, order: Order, tokens: Tokens) -> Operands:
     """Rows of chunks with zeros on padding, and the tables of their gates."""
     rows = plan.batch * plan.lanes
     real = None
@@ -69,38 +63,27 @@ def operands(plan: Plan, order: Order, tokens: Tokens, initial_state) -> Operand
         return _mosaic_gpu.pad_axis(x, 3, mosaic_gpu_tuning.padded_dim(x.shape[3]))
 
     query, key, value = (clean(x) for x in (tokens.query, tokens.key, tokens.value))
-    sizes = jnp.max(jnp.abs(value), axis=(1, 3)).astype(jnp.float32)
-    sizes = jnp.max(sizes.reshape(plan.batch, plan.lanes, -1), axis=1)
-    states = jnp.max(jnp.abs(initial_state), axis=(2, 3))
-    if order.sequence is not None:
-        states = jnp.max(states, axis=0, keepdims=True)
-    unit = power_of_two(jnp.maximum(sizes, states))
-    stacked = orders.stacked(
-        orders.tables(plan, order, tokens.g, tokens.beta),
-        plan.scale,
-        jnp.repeat(unit, plan.lanes, axis=0),
-    )
-    return Operands(query, key, value, stacked, unit)
+    tables = orders.stacked(orders.tables(plan, order, tokens.g, tokens.beta))
+    return Operands(query, key, value, tables)
 
 
 def forward(
     plan: Plan, order: Order, tokens: Tokens, initial_state
 ) -> tuple[jax.Array, jax.Array, Kept]:
     """`(out [B, T, Hv, Dv], final_state, Kept)` of the whole call."""
-    call = operands(plan, order, tokens, initial_state)
+    call = operands(plan, order, tokens)
     segments = order.segment is not None
     inverse = mosaic_gpu_prologue.inverse(
-        call.key, call.stacked, segments=segments, use_qk_l2norm=plan.use_qk_l2norm
+        call.key, call.tables, segments=segments, use_qk_l2norm=plan.use_qk_l2norm
     )
     key_dim, value_dim = initial_state.shape[2:]
     wide_key, wide_value = call.key.shape[3], call.value.shape[3]
     widen = lambda x: _mosaic_gpu.pad_axis(_mosaic_gpu.pad_axis(x, 2, wide_key), 3, wide_value)
     narrow = lambda x: x[..., :key_dim, :value_dim]
-    unit = call.unit[..., None, None]
     heads = (tokens.key.shape[2], -1)
     grouped = lambda x: x.reshape(x.shape[0], *heads, *x.shape[2:])
 
-    start, spans, transition = widen(initial_state / unit), None, None
+    start, spans, transition = widen(initial_state), None, None
     if order.sequence is not None:
         found = orders.spans(order, initial_state.shape[0])
         spans = jnp.concatenate([jnp.zeros_like(found[:, :1]), found], axis=1)
@@ -112,20 +95,20 @@ def forward(
         start = orders.through_lanes(plan, grouped(start), grouped(transition), grouped(extra))
         start = start.reshape(extra.shape)
         transition = grouped(transition[..., :key_dim, :key_dim])
-        kept_start = grouped(narrow(start) * jnp.repeat(unit, plan.lanes, axis=0))
+        kept_start = grouped(narrow(start))
     else:
         kept_start = grouped(initial_state)
     config = mosaic_gpu_tuning.forward_config(
         width=wide_value, heads=start.shape[0] * start.shape[1]
     )
-    out, final = mosaic_gpu_fwd.forward(
-        call.query, call.key, call.value, call.stacked, inverse, start, config=config,
-        segments=segments, use_qk_l2norm=plan.use_qk_l2norm, spans=spans,
+    out, final, unit = mosaic_gpu_fwd.forward(
+        *call, inverse, start, config=config, scale=plan.scale, segments=segments,
+        use_qk_l2norm=plan.use_qk_l2norm, spans=spans,
     )  # fmt: skip
     if plan.lanes > 1:
         final = final.reshape(plan.batch, plan.lanes, *final.shape[1:])[:, -1]
     out = orders.from_rows(plan, order, out)[..., :value_dim]
-    return out, narrow(final) * unit, Kept(inverse, kept_start, transition)
+    return out, narrow(final), Kept(inverse, call.tables, unit, kept_start, transition)
 
 
 def _maps(plan: Plan, call: Operands, inverse) -> tuple[jax.Array, jax.Array]:
@@ -133,7 +116,7 @@ def _maps(plan: Plan, call: Operands, inverse) -> tuple[jax.Array, jax.Array]:
     rows, heads = inverse.shape[:2]
     key_dim, value_dim = call.key.shape[3], call.value.shape[3]
     run = lambda value, start: mosaic_gpu_fwd.final_state(
-        call.key, value, call.stacked, inverse, start,
+        call.key, value, call.tables, inverse, start,
         config=mosaic_gpu_tuning.forward_config(width=start.shape[3], heads=rows * heads),
         use_qk_l2norm=plan.use_qk_l2norm,
     )  # fmt: skip

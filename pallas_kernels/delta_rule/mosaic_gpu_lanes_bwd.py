@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from pallas_kernels import _mosaic_gpu
 from pallas_kernels.delta_rule import algebra, mosaic_gpu_bwd, mosaic_gpu_tuning
 from pallas_kernels.delta_rule import order as orders
-from pallas_kernels.delta_rule.mosaic_gpu_lanes import Kept, power_of_two
+from pallas_kernels.delta_rule.mosaic_gpu_chunk import own_unit, power_of_two
+from pallas_kernels.delta_rule.mosaic_gpu_lanes import Kept
 from pallas_kernels.delta_rule.order import Order, Plan, Tokens
 
 
@@ -66,7 +67,7 @@ def backward(
     start = fill(initial_state if packed else flat(kept.start))
     end = fill(d_final)
 
-    length = power_of_two(jnp.max(jnp.abs(given.query), axis=-1))[..., None]
+    length = own_unit(jnp.max(jnp.abs(given.query), axis=-1))[..., None]
     read = widen(clean(plan, order, d_out)) * jnp.repeat(length, group, axis=2)
     held = unit_of(plan, given.value, start, group)
     pulled = unit_of(plan, read, end, group)

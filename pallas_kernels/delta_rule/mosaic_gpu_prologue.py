@@ -18,7 +18,7 @@ As `T (I - E)`, which rounds to the same large entries and lets the small ones b
 rounding relative to whatever it leaves.
 
 Keys come as bfloat16 or float16 and become float16 in their tile, divided by their length if the caller wants that.
-Layout: key `[z, N 64, Hk, D]`, tables `[z, Hv, N, 9, 64]` (`order.stacked`), result `[z, Hv, N, 64, 64]`, beta not
+Layout: key `[z, N 64, Hk, D]`, tables `[z, Hv, N, 6, 64]` (`order.stacked`), result `[z, Hv, N, 64, 64]`, beta not
 folded in. Units: natural logarithms; exponents are masked before `exp`. Shared memory: `128 D + 40 KiB + 1 KiB n`.
 
 Source: Yang et al., Gated Delta Networks (arXiv 2412.06464), section 3.3; docs/gated_delta_rule.md.

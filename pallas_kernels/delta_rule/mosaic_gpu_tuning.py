@@ -49,9 +49,9 @@ def forward_config(*, width: int, heads: int) -> ForwardConfig:
     # registers enough where each keeps the launch's 168.
     if heads <= 66 or FIXED_REGISTERS:
         return ForwardConfig(splits=2)
-    # The numbers at which neither role spills; with overlap the chain would (12 bytes). The other half's products fill
-    # the tensor cores meanwhile.
-    return ForwardConfig(overlap=False, chain_registers=200, ahead_registers=104)
+    # The numbers at which neither role spills; with overlap the chain would (at 200 and 104 it is 4 bytes). The other
+    # half's products fill the tensor cores meanwhile.
+    return ForwardConfig(overlap=False, chain_registers=192, ahead_registers=120)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +130,9 @@ def unsupported_reason(
     for dtype in dtypes:
         if jnp.dtype(dtype).name not in DTYPES:
             return f"it needs float16 or bfloat16, got {jnp.dtype(dtype).name}"
+    query, key = (jnp.dtype(dtype).name for dtype in dtypes[:2])
+    if query != key:
+        return f"it needs query and key of one dtype, got {query} and {key}"
     for letter, dim in (("Dk", key_dim), ("Dv", value_dim)):
         if dim > HEAD_DIMS[-1]:
             # At 256 the state of 64 value channels alone would fill 128 registers of every thread.

@@ -315,26 +315,20 @@ def tables(plan: Plan, order: Order, g, beta) -> Tables:
 
 
 # Rows of `stacked`; the first four are what the inverse needs.
-HIGH, LOW, SEGMENT, BETA, UNTIL, SINCE, WRITE, FADE, READ = range(9)
+HIGH, LOW, SEGMENT, BETA, UNTIL, SINCE = range(6)
+TABLE_ROWS = 6
 
 
-def stacked(tables: Tables, scale: float, unit) -> jax.Array:
-    """What one chunk of one head needs, side by side, `[z, Hv, N, 9, C]` float32: one copy brings it all.
-
-    Args:
-      scale: multiplies what a token reads.
-      unit: `[z, Hv]`, what values and states are divided by inside the kernel.
-    """
+def stacked(tables: Tables) -> jax.Array:
+    """What one chunk of one head needs, side by side, `[z, Hv, N, 6, C]` float32: one copy brings it all."""
     rows, heads, length = tables.beta.shape
     count = tables.whole.shape[-1]
     segment = jnp.zeros_like(tables.beta)
     if tables.segment is not None:
         segment += tables.segment[:, None].astype(jnp.float32)
-    read = jnp.broadcast_to(scale * unit[..., None], tables.beta.shape)
     table = (
         tables.decay_high, tables.decay_low, segment, tables.beta, tables.until_end,
-        tables.since_start, tables.beta / unit[..., None], tables.beta * tables.since_start,
-        read,
+        tables.since_start,
     )  # fmt: skip
     chunks = lambda x: x.reshape(rows, heads, count, length // count)
     return jnp.stack([chunks(row) for row in table], axis=3)

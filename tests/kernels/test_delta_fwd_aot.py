@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks.suites import delta_rule_floor
 from gqa_jax.planner.costs import costs
 from pallas_kernels import _aot_delta_cases, aot, gated_delta_rule
 from tests.support.aot import assert_fast, require
@@ -40,7 +41,7 @@ def test_products_of_one_state_are_in_flight_together(label, products):
 
 
 def test_bytes_of_a_whole_call():
-    """What XLA prepares for the kernels costs nearly as much traffic as they do: docs/MEASURED_KERNELS.md."""
+    """Within 15 % of what the plan of kernels moves, on paper: docs/MEASURED_KERNELS.md."""
     require()
     mesh, tokens = aot.topology("h200"), 8192
     here = NamedSharding(mesh, PartitionSpec())
@@ -54,7 +55,8 @@ def test_bytes_of_a_whole_call():
         wide(16), wide(16), wide(32), gate, gate, mesh=mesh,
     )  # fmt: skip
     moved = costs(compiled.executable.as_text(), {}, aot.rates("h200")).traffic_bytes
-    assert 45 < moved / tokens / 1024 < 53
+    plan = delta_rule_floor.bytes_per_token("forward", 32, design=True)
+    assert plan < moved / tokens < 1.15 * plan
 
 
 def test_list_names_every_case(capsys):

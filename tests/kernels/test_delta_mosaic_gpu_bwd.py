@@ -55,8 +55,7 @@ def gradients(plan, config, dtype, arrays, segment_ids, cu_seqlens, spans):
     rows = lambda x: order.to_rows(plan, place, x)
     tables = order.tables(plan, place, g, beta)
     narrow = lambda x: rows(x).astype(dtype)
-    ones = lambda heads, *tokens: jnp.ones((plan.batch, heads, *tokens))
-    stacked = order.stacked(tables, 1.0, ones(value.shape[2]))
+    stacked = order.stacked(tables)
     inverse = mosaic_gpu_prologue.inverse(
         narrow(key), stacked, segments=tables.segment is not None, dtype=dtype
     )

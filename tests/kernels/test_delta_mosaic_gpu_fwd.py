@@ -134,6 +134,28 @@ def test_values_of_any_size():
         compare.assert_bitwise_equal(louder, (big * 2.0**40).astype(big.dtype))
 
 
+@pytest.mark.parametrize("dim, state_size", [(64, 0.0), (128, 1e-5)])
+def test_values_that_grow_from_chunk_to_chunk(dim, state_size):
+    """Each chunk keeps its digits, whatever comes after it, in either half of the value channels."""
+    case = delta_cases.random_case(15, 1, 250, 1, 2, dim, dim)
+    sizes = np.repeat([1e-6, 1e-3, 3e-3, 1e5], 64)[None, :250, None, None]
+    channels = np.linspace(0, 20, dim)
+    value = jnp.asarray(case.value * sizes * 2.0**-channels, jnp.bfloat16)
+    query, key = (jnp.asarray(x, jnp.bfloat16) for x in (case.query, case.key))
+    g, beta = (jnp.asarray(x, jnp.float32) for x in (case.g, case.beta))
+    options = {"initial_state": jnp.asarray(case.initial_state * state_size, jnp.float32)}
+    with interpreted():
+        found = gated_delta_rule(query, key, value, g, beta, **options, **KERNEL)
+        found = jax.block_until_ready(found)
+    wide = (x.astype(jnp.float32) for x in (query, key, value))
+    exact = gated_delta_rule(*wide, g, beta, **options, implementation="reference")
+    limits = compare.DELTA_RULE_TOLERANCES["bfloat16"]
+    for first in range(0, 250, 64):
+        one, other = (x.out[:, first : first + 64] for x in (found, exact))
+        assert compare.relative_error(one, other) <= limits["out"], first
+    assert compare.relative_error(found.final_state, exact.final_state) <= limits["final_state"]
+
+
 def test_padding_and_later_tokens_do_not_reach_earlier_ones():
     case = delta_cases.random_case(10, 1, 150, 1, 1, 64, 64)
     *tokens, state = cast(case, jnp.bfloat16)
@@ -177,7 +199,7 @@ def inverses(case, dtype):
     key = jnp.asarray(case.key, jnp.float16)
     g, beta = (jnp.asarray(x, jnp.float32) for x in (case.g, case.beta))
     tables = orders.tables(plan, orders.Order(), g, beta)
-    stacked = orders.stacked(tables, 1.0, jnp.ones((1, 2)))
+    stacked = orders.stacked(tables)
     run = jax.jit(lambda *x: mosaic_gpu_prologue.inverse(*x, segments=False, dtype=dtype))
     with interpreted():
         found = np.asarray(jax.block_until_ready(run(key, stacked)), np.float64)[0, :, 0]
@@ -222,6 +244,9 @@ def test_reasons():
     with _dispatch.assume_compute_capability("9.0"):
         assert reason() == "chunked is preferred here"
         assert "got float32" in reason(value=SHAPE.update(dtype=jnp.float32))
+        other = SHAPE.update(dtype=jnp.float16)
+        assert "query and key of one dtype, got bfloat16 and float16" in reason(key=other)
+        assert reason(other, other) == reason(value=other) == "chunked is preferred here"
         wide = SHAPE.update(shape=(1, 80, 2, 256))
         assert reason(value=wide) == "Dv must be at most 128, got 256"
         assert reason(wide, wide) == "Dk must be at most 128, got 256"
@@ -239,12 +264,12 @@ def test_outputs_are_written_everywhere():
     half = lambda x: orders.to_rows(plan, orders.Order(), jnp.asarray(x, jnp.float16))
     g, beta = (jnp.asarray(x, jnp.float32) for x in (case.g, case.beta))
     tables = orders.tables(plan, orders.Order(), g, beta)
-    stacked = orders.stacked(tables, 1.0, jnp.ones((1, 1)))
+    stacked = orders.stacked(tables)
 
     def run(query, key, value, start):
         inverse = mosaic_gpu_prologue.inverse(key, stacked, segments=False)
         config = mosaic_gpu_tuning.forward_config(width=64, heads=1)
-        options = {"config": config, "segments": False}
+        options = {"config": config, "scale": 1.0, "segments": False}
         return inverse, *mosaic_gpu_fwd.forward(
             query, key, value, stacked, inverse, start, **options
         )

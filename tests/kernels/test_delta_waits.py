@@ -32,14 +32,14 @@ def operand(seed: int, *shape: int, scale: float = 0.125):
 def forward(*, output: bool) -> None:
     """One head of `forward`, or of `final_state`."""
     tokens = operand(0, 1, CHUNKS * CHUNK, 1, 64)
-    stacked = jnp.zeros((1, 1, CHUNKS, order.READ + 1, CHUNK), jnp.float32)
+    stacked = jnp.zeros((1, 1, CHUNKS, order.TABLE_ROWS, CHUNK), jnp.float32)
     inverse = operand(1, 1, 1, CHUNKS, CHUNK, CHUNK, scale=1.0)
     start = jnp.zeros((1, 1, 64, 64), jnp.float32)
     options = {"config": ForwardConfig(), "use_qk_l2norm": True}
 
     def call(x, *rest):
         if output:
-            return mosaic_gpu_fwd.forward(x, x, x, *rest, segments=False, **options)
+            return mosaic_gpu_fwd.forward(x, x, x, *rest, scale=0.125, segments=False, **options)
         return mosaic_gpu_fwd.final_state(x, x, *rest, **options)
 
     jax.block_until_ready(jax.jit(call)(tokens, stacked, inverse, start))
@@ -48,7 +48,7 @@ def forward(*, output: bool) -> None:
 def inverse() -> None:
     """One chunk of a key head that three value heads share: the tile of the result is used again."""
     key = operand(0, 1, CHUNK, 1, 64)
-    stacked = jnp.zeros((1, 3, 1, order.READ + 1, CHUNK), jnp.float32)
+    stacked = jnp.zeros((1, 3, 1, order.TABLE_ROWS, CHUNK), jnp.float32)
     options = {"segments": False, "use_qk_l2norm": True}
     call = lambda *arrays: mosaic_gpu_prologue.inverse(*arrays, **options)
     jax.block_until_ready(jax.jit(call)(key, stacked))
@@ -112,6 +112,8 @@ IMPLIED = {
     found(INVERSE, "role", "commit_smem")[1]: ONE_THREAD,
     # Positions before they are read.
     found(FORWARD, "ahead_role", "commit_smem")[0]: ONE_THREAD,
+    # The largest value of each token before they are compared.
+    found(FORWARD, "raised", "commit_smem")[0]: ONE_THREAD,
     found(FORWARD, "chain_role", "barrier_wait")[
         0
     ]: "whoever made X has waited for the chunk's tiles; the chain asks again, not to rest on what follows from what",
