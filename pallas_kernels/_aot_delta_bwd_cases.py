@@ -22,28 +22,31 @@ class DeltaBackwardShape:
     value_heads: int = 32
     dim: int = 128
     segments: bool = False
-    dtype: Any = jnp.float16
+    dtype: Any = jnp.bfloat16
+    use_qk_l2norm: bool = True
     config: BackwardConfig = dataclasses.field(default_factory=BackwardConfig)
 
     def arrays(self) -> dict[str, Any]:
-        """Operands of `mosaic_gpu_bwd.backward`; every leaf has a leading row axis."""
+        """Operands of `mosaic_gpu_bwd.backward`."""
         struct, tokens = jax.ShapeDtypeStruct, (self.rows, self.chunks * CHUNK)
         heads = (self.rows, self.value_heads)
         key = struct((*tokens, self.key_heads, self.dim), self.dtype)
         value = struct((*tokens, self.value_heads, self.dim), self.dtype)
-        table: Any = struct((*heads, tokens[1]), jnp.float32)
-        segment: Any = struct(tokens, jnp.int32) if self.segments else None
-        whole: Any = struct((*heads, self.chunks), jnp.float32)
+        rows = order.table_rows(segments=self.segments)
+        unit = struct(heads, jnp.float32)
         state = struct((*heads, self.dim, self.dim), jnp.float32)
         return {
             "query": key,
             "key": key,
             "value": value,
-            "tables": order.Tables(table, table, table, table, whole, table, segment),
-            "inverse": struct((*heads, self.chunks, CHUNK, CHUNK), self.dtype),
+            "tables": struct((*heads, self.chunks, rows, CHUNK), jnp.float32),
+            "inverse": struct((*heads, self.chunks, CHUNK, CHUNK), jnp.float16),
             "start_state": state,
             "d_out": value,
             "d_final": state,
+            "held": unit,
+            "pulled": unit,
+            "asked": unit,
         }
 
     @property
@@ -76,7 +79,8 @@ SHAPES = (
     DeltaBackwardShape("16x64", value_heads=64),
     DeltaBackwardShape("packed", segments=True),
     DeltaBackwardShape("d64", dim=64),
-    DeltaBackwardShape("bf16", dtype=jnp.bfloat16),
+    DeltaBackwardShape("fp16", dtype=jnp.float16),
+    DeltaBackwardShape("any-length", use_qk_l2norm=False),
     DeltaBackwardShape("spread", value_heads=16, config=BackwardConfig(chain_owners=1)),
 )
 
@@ -89,8 +93,9 @@ def _backward(shape: DeltaBackwardShape) -> Case:
             named = dict(zip(arrays, given, strict=True))
             operands = [named.pop(name) for name in ("query", "key", "value")]
             return mosaic_gpu_bwd.backward(
-                *operands, config=shape.config, scale=shape.dim**-0.5, **named
-            )
+                *operands, config=shape.config, scale=shape.dim**-0.5, segments=shape.segments,
+                use_qk_l2norm=shape.use_qk_l2norm, **named,
+            )  # fmt: skip
 
         return delta_rule_backward, tuple(arrays.values())
 
@@ -98,10 +103,10 @@ def _backward(shape: DeltaBackwardShape) -> Case:
     # four, and in `gradients` five on the way to dR, dL and dP, seven into dq and dk, four into dg.
     deep, flat = shape.dim // 16, CHUNK // 16
     counts = (deep + 2 * flat, 2 * deep + 4 * flat, 5 * deep + 16 * flat)
-    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    size = lambda names: sum(arrays[name].size * arrays[name].dtype.itemsize for name in names)
     read = size(arrays)
     # Three gradients like their operands, g and beta, the start state; the chains' states are written and read.
-    written = size([arrays[name] for name in ("query", "key", "value", "start_state")])
+    written = size(("query", "key", "value", "start_state"))
     written += 2 * 4.0 * shape.chunk_heads * CHUNK
     moved = read + written + 2 * shape.chain_bytes
     name = f"gated_delta_rule/backward/{shape.label}"

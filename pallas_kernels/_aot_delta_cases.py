@@ -36,6 +36,16 @@ class DeltaShape:
     def config(self) -> mosaic_gpu_tuning.ForwardConfig:
         return mosaic_gpu_tuning.forward_config(width=self.dim, heads=self.rows * self.value_heads)
 
+    @property
+    def table_rows(self) -> int:
+        return order.table_rows(segments=self.segments)
+
+    def gates(self) -> order.Gates:
+        struct, chunks = jax.ShapeDtypeStruct, (self.chunks, CHUNK)
+        gate: Any = struct((self.rows, self.value_heads, *chunks), jnp.float32)
+        segment: Any = struct((self.rows, *chunks), jnp.float32) if self.segments else None
+        return order.Gates(gate, gate, segment)
+
     def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Operands of `mosaic_gpu_fwd.forward`."""
         struct, rows, half = jax.ShapeDtypeStruct, (self.rows, self.length), jnp.float16
@@ -45,7 +55,7 @@ class DeltaShape:
             "query": key,
             "key": key,
             "value": struct((*rows, self.value_heads, self.dim), self.dtype),
-            "stacked": struct((*heads, self.chunks, order.TABLE_ROWS, CHUNK), jnp.float32),
+            "tables": struct((*heads, self.chunks, self.table_rows, CHUNK), jnp.float32),
             "inverse": struct((*heads, self.chunks, CHUNK, CHUNK), half),
             "start": struct((*heads, self.dim, self.dim), jnp.float32),
         }
@@ -68,13 +78,14 @@ SHAPES = (
 )
 
 
-def _inverse(shape: DeltaShape) -> Case:
+def _prologue(shape: DeltaShape) -> Case:
+    gates = shape.gates()
+
     def build() -> Program:
-        arrays = shape.arrays()
-        run = lambda key, stacked: mosaic_gpu_prologue.inverse(
-            key, stacked, segments=shape.segments, use_qk_l2norm=shape.use_qk_l2norm
+        run = lambda key, gates: mosaic_gpu_prologue.prologue(
+            key, gates, use_qk_l2norm=shape.use_qk_l2norm
         )
-        return run, (arrays["key"], arrays["stacked"])
+        return run, (shape.arrays()["key"], gates)
 
     # A wgmma contracts 16: K K^T once per key head; per value head five merges of two products, four products of
     # Newton's step and one of the rounding. The merges are a loop.
@@ -82,9 +93,9 @@ def _inverse(shape: DeltaShape) -> Case:
     count = shape.dim // 16 + 2 * square + 5 * square
     flops = 2.0 * shape.tokens * CHUNK
     flops *= shape.key_heads * shape.dim + shape.value_heads * 15 * CHUNK
-    tables = shape.bytes_of("stacked") * (order.BETA + 1) / order.TABLE_ROWS
-    moved = shape.bytes_of("key", "inverse") + tables
-    return Case(f"gated_delta_rule/inverse/{shape.label}", build, flops, moved, (count,))
+    moved = shape.bytes_of("key", "inverse", "tables")
+    moved += 4.0 * sum(array.size for array in gates if array is not None)
+    return Case(f"gated_delta_rule/prologue/{shape.label}", build, flops, moved, (count,))
 
 
 def _forward(shape: DeltaShape) -> Case:
@@ -101,7 +112,7 @@ def _forward(shape: DeltaShape) -> Case:
     # X is made 64 columns at a time.
     count = 3 * shape.dim // 16 + (3 + shape.dim // CHUNK) * (CHUNK // 16)
     per_token = 6 * shape.dim**2 + 2 * CHUNK * (3 * shape.dim + CHUNK)
-    names = ("query", "key", "value", "stacked", "inverse", "start")
+    names = ("query", "key", "value", "tables", "inverse", "start")
     moved = shape.bytes_of(*names) + shape.bytes_of("value", "start")
     flops = float(shape.tokens * shape.value_heads * per_token)
     return Case(f"gated_delta_rule/forward/{shape.label}", build, flops, moved, (count,))
@@ -113,23 +124,23 @@ def _transition(shape: DeltaShape) -> Case:
     def build() -> Program:
         arrays = shape.arrays()
 
-        def delta_rule_transition(key, stacked, inverse, start):
+        def delta_rule_transition(key, tables, inverse, start):
             return mosaic_gpu_fwd.final_state(
-                key, None, stacked, inverse, start, config=shape.config(),
+                key, None, tables, inverse, start, config=shape.config(),
                 use_qk_l2norm=shape.use_qk_l2norm,
             )  # fmt: skip
 
-        names = ("key", "stacked", "inverse", "start")
+        names = ("key", "tables", "inverse", "start")
         return delta_rule_transition, tuple(arrays[name] for name in names)
 
     count = shape.dim // 16 + (1 + shape.dim // CHUNK) * (CHUNK // 16)
     per_token = 4 * shape.dim**2 + 2 * CHUNK * shape.dim
-    moved = shape.bytes_of("key", "stacked", "inverse", "start", "start")
+    moved = shape.bytes_of("key", "tables", "inverse", "start", "start")
     flops = float(shape.tokens * shape.value_heads * per_token)
     return Case(f"gated_delta_rule/transition/{shape.label}", build, flops, moved, (count,))
 
 
 def cases() -> list[Case]:
     """Every registered case."""
-    chain = [make(shape) for make in (_inverse, _forward) for shape in SHAPES]
+    chain = [make(shape) for make in (_prologue, _forward) for shape in SHAPES]
     return [*chain, _transition(DeltaShape("8x4k", rows=8, chunks=64, value_heads=16))]

@@ -55,6 +55,14 @@ def _two_sum(a, b):
     return total, (a - (total - from_b)) + (b - from_b)
 
 
+def two_float_add(high, low, other_high, other_low):
+    """The sum of two unevaluated sums of two floats, as one."""
+    total, error = _two_sum(high, other_high)
+    error = error + low + other_low
+    high = total + error
+    return high, error - (high - total)
+
+
 def two_float_cumsum(x):
     """Cumulative sum over the last axis as `(high, low)`, an unevaluated sum of two floats.
 
@@ -67,10 +75,7 @@ def two_float_cumsum(x):
         pad = [(0, 0)] * (x.ndim - 1) + [(shift, 0)]
         before_high = jnp.pad(high[..., :-shift], pad)
         before_low = jnp.pad(low[..., :-shift], pad)
-        total, error = _two_sum(high, before_high)
-        error = error + low + before_low
-        high = total + error
-        low = error - (high - total)
+        high, low = two_float_add(high, low, before_high, before_low)
         shift *= 2
     return high, low
 

@@ -15,6 +15,7 @@ Shared memory at Dk = Dv = 128, 3 chunks in flight: 157 KiB forwards, 221 KiB ba
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -27,25 +28,39 @@ from pallas_kernels import _mosaic_gpu
 from pallas_kernels._mosaic_gpu import ROWS
 from pallas_kernels.delta_rule import order
 from pallas_kernels.delta_rule.mosaic_gpu_chunk import (
+    HALF,
     MATRIX,
     PER_COLUMN,
     PER_ROW,
     SQUARE,
     TRANSPOSED,
     gated,
+    half_keys,
+    halved,
+    inverse_length,
+    inverse_size_within,
     product,
 )  # fmt: skip
 from pallas_kernels.delta_rule.mosaic_gpu_tuning import CHUNK, BackwardConfig
 
 # Value columns of a warpgroup: the rows of a wgmma.
 COLUMNS = ROWS
-# Rows of `order.stacked` that the backward reads: all up to here.
-TABLE_ROWS = order.SINCE + 1
+# Rows of `units`, powers of two: what values and states are divided by; what cotangents are; one above all queries,
+# which is not used where those are normalised.
+UNITS = HELD, PULLED, ASKED = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Everything static about the kernels."""
+    """Everything static about the kernels.
+
+    Attributes:
+      given: dtype of queries and keys in device memory; in shared memory they become float16.
+      value_dtype: dtype of values and of the output's cotangent in device memory.
+      use_qk_l2norm: queries and keys are divided by their lengths then.
+      scale: multiplies what a token reads.
+      segments: whether segments start inside of chunks.
+    """
 
     rows: int
     chunks: int
@@ -53,7 +68,9 @@ class Shapes:
     value_heads: int
     key_dim: int
     value_dim: int
-    dtype: Any
+    given: Any
+    value_dtype: Any
+    use_qk_l2norm: bool
     scale: float
     segments: bool
     config: BackwardConfig
@@ -61,6 +78,10 @@ class Shapes:
     @property
     def group(self) -> int:
         return self.value_heads // self.key_heads
+
+    @property
+    def table_rows(self) -> int:
+        return order.table_rows(segments=self.segments)
 
     @property
     def owners(self) -> int:
@@ -101,12 +122,10 @@ def places():
 
 
 def decayed_scores(shapes: Shapes, queries, keys, table, places=places):
-    """P of one chunk, in the operands' dtype."""
+    """P of one chunk, float16."""
     scores = product(queries, keys.T)
     row, column = places()
-    return (shapes.scale * gated(table, row >= column, shapes.segments) * scores).astype(
-        shapes.dtype
-    )
+    return (shapes.scale * gated(table, row >= column, shapes.segments) * scores).astype(HALF)
 
 
 # --- the chains ------------------------------------------------------------------------------------------------------
@@ -122,6 +141,7 @@ class Chain(NamedTuple):
     tables: Any
     edge: Any  # [rows, Hv, Dv, Dk] float32: the start state, or going backwards the cotangent of the last
     spans: Any  # int32 [rows, 3]: the row of tokens, first chunk and number of chunks of each state
+    units: Any  # [3, z, Hv] float32, rows as UNITS
     states: Any  # written
     end: Any  # written going backwards, else None
 
@@ -140,6 +160,8 @@ class Place(NamedTuple):
     head: Any
     key_head: Any
     column: Any  # first value column
+    per_unit: Any  # what the chain's tokens are multiplied by: a power of two
+    asked: Any  # another, above all queries
 
 
 def locate(shapes: Shapes, chain: Chain) -> Place:
@@ -147,26 +169,31 @@ def locate(shapes: Shapes, chain: Chain) -> Place:
     head, state = lax.axis_index("heads"), lax.axis_index("row")
     row, first, steps = (chain.spans[state, i] for i in range(3))
     column = lax.axis_index("columns") * (shapes.chain_owners * COLUMNS)
-    return Place(state, row, first, steps, head, lax.div(head, shapes.group), column)
+    unit, asked = (
+        chain.units[kind, row, head] for kind in (PULLED if chain.backwards else HELD, ASKED)
+    )
+    key_head = lax.div(head, shapes.group)
+    return Place(state, row, first, steps, head, key_head, column, 1.0 / unit, asked)
 
 
 def chain_scratch(shapes: Shapes, backwards: bool) -> dict[str, Any]:
     """Shared memory and barriers of a block of a chain."""
-    stages, owners, dtype = shapes.config.stages, shapes.chain_owners, shapes.dtype
+    stages, owners, dtype = shapes.config.stages, shapes.chain_owners, HALF
+    tokens = HALF if backwards else shapes.value_dtype
     ring: dict[str, Any] = {"num_barriers": stages}
     spec = {
         "keys": _mosaic_gpu.tile((stages, CHUNK, shapes.key_dim), dtype),
-        "tokens": _mosaic_gpu.tile((stages, owners, CHUNK, COLUMNS), dtype),
+        "tokens": _mosaic_gpu.tile((stages, owners, CHUNK, COLUMNS), tokens),
         "inverse": _mosaic_gpu.tile((stages, *SQUARE), dtype),
-        "tables": plgpu.SMEM((stages, TABLE_ROWS, CHUNK), jnp.float32),
+        "tables": plgpu.SMEM((stages, shapes.table_rows, CHUNK), jnp.float32),
         "staged": _mosaic_gpu.tile((owners, COLUMNS, shapes.key_dim), dtype),
         "ready": plgpu.Barrier(num_arrivals=3 + owners + (1 if backwards else 0), **ring),
+        "prepared": plgpu.Barrier(num_barriers=2),
         "free": plgpu.Barrier(num_arrivals=owners, **ring),
     }
     if backwards:
         spec["queries"] = _mosaic_gpu.tile((stages, CHUNK, shapes.key_dim), dtype)
         spec["inside"] = _mosaic_gpu.tile((2, *SQUARE), dtype)
-        spec["inside_ready"] = plgpu.Barrier(num_barriers=2)
     return spec
 
 
@@ -191,8 +218,24 @@ def fetch(shapes: Shapes, chain: Chain, s, place: Place, step, slot) -> None:
     plgpu.copy_gmem_to_smem(chain.tables.at[of_chunk], s.tables.at[slot], ready)
 
 
+def prepare(shapes: Shapes, chain: Chain, s, place: Place, slot) -> None:
+    """Keys of a chunk, going backwards queries and dO too, as float16 where they lie.
+
+    What a query is divided by multiplies the cotangent of what it reads.
+    """
+    half_keys(s.keys.at[slot], shapes.given, shapes.use_qk_l2norm)
+    if chain.backwards:
+        size = functools.partial(inverse_size_within, asked=place.asked)
+        size = inverse_length if shapes.use_qk_l2norm else size
+        length = halved(s.queries.at[slot], shapes.given, size)
+        factor = place.per_unit if length is None else place.per_unit * length
+        for owner in range(shapes.chain_owners):
+            halved(s.tokens.at[slot, owner], shapes.value_dtype, lambda _: (factor, None))
+    plgpu.commit_smem()
+
+
 def feeding_role(shapes: Shapes, chain: Chain, s) -> None:
-    """Feeds chunks, `stages` ahead; going backwards also makes P, one chunk ahead."""
+    """Feeds chunks, `stages` ahead, and prepares them one chunk ahead; going backwards makes P too."""
     if shapes.chain_owners > 1:
         plgpu.set_max_registers(shapes.config.feeding_registers, action="decrease")
     place = locate(shapes, chain)
@@ -205,14 +248,15 @@ def feeding_role(shapes: Shapes, chain: Chain, s) -> None:
     @pl.loop(0, steps)
     def _(step):
         slot, before = lax.rem(step, stages), lax.rem(step + (stages - 1), stages)
+        plgpu.barrier_wait(s.ready.at[slot])
+        prepare(shapes, chain, s, place, slot)
         if chain.backwards:
-            plgpu.barrier_wait(s.ready.at[slot])
             inside = s.inside.at[lax.rem(step, 2)]
             inside[...] = decayed_scores(
                 shapes, s.queries.at[slot], s.keys.at[slot], s.tables.at[slot]
             )
             plgpu.commit_smem()
-            plgpu.barrier_arrive(s.inside_ready.at[lax.rem(step, 2)])
+        plgpu.barrier_arrive(s.prepared.at[lax.rem(step, 2)])
 
         # Awaited at every step, so that P may replace the one of two chunks ago.
         @pl.when(step >= 1)
@@ -236,36 +280,37 @@ def turned(tile):
     return value.astype(jnp.float32)
 
 
-def replayed(shapes: Shapes, s, wg, slot, _, state, rounded):
+def replayed(shapes: Shapes, s, place: Place, wg, slot, _, state, rounded):
     """The state after a chunk (`algebra.advance`)."""
+    del shapes
     table, keys = s.tables.at[slot], s.keys.at[slot]
     recalled = product(rounded, keys.T)
-    residual = turned(s.tokens.at[slot, wg]) - by_column(table, order.SINCE) * recalled
-    written = (by_column(table, order.BETA) * residual).astype(shapes.dtype)
+    value = place.per_unit * turned(s.tokens.at[slot, wg])
+    residual = value - by_column(table, order.SINCE) * recalled
+    written = (by_column(table, order.BETA) * residual).astype(HALF)
     update = product(written, s.inverse.at[slot].T)
-    leaving = (by_column(table, order.UNTIL) * update).astype(shapes.dtype)
+    leaving = (by_column(table, order.UNTIL) * update).astype(HALF)
     whole = s.tables[slot, order.SINCE, CHUNK - 1]
     return _mosaic_gpu.added(lambda a: plgpu.wgmma(a, leaving, keys), whole * state)
 
 
-def retreated(shapes: Shapes, s, wg, slot, step, state, rounded):
+def retreated(shapes: Shapes, s, _, wg, slot, two, state, rounded):
     """The cotangent of the state before a chunk (`algebra.retreat`)."""
-    table, keys, buffer = s.tables.at[slot], s.keys.at[slot], lax.rem(step, 2)
+    table, keys = s.tables.at[slot], s.keys.at[slot]
     echoed = product(rounded, keys.T)
-    plgpu.barrier_wait(s.inside_ready.at[buffer])
     d_out = s.tokens.at[slot, wg]
     d_update = _mosaic_gpu.added(
-        lambda a: plgpu.wgmma(a, d_out.T, s.inside.at[buffer]),
+        lambda a: plgpu.wgmma(a, d_out.T, s.inside.at[two]),
         by_column(table, order.UNTIL) * echoed,
     )
-    d_write = product(d_update.astype(shapes.dtype), s.inverse.at[slot])
+    d_write = product(d_update.astype(HALF), s.inverse.at[slot])
     # In units of the chunk's first decay, the largest: a strong one would leave the range of float16.
     unit = s.tables[slot, order.SINCE, 0]
     # Below that the quotient would be infinite; what is left of the state then is zero.
     per_unit = jnp.where(unit > 1e-37, 1.0 / unit, 0.0)
     since = per_unit * by_column(table, order.SINCE)
-    reading = (shapes.scale * since * turned(d_out)).astype(shapes.dtype)
-    recalling = (-(since * by_column(table, order.BETA)) * d_write).astype(shapes.dtype)
+    reading = (shapes.scale * since * turned(d_out)).astype(HALF)
+    recalling = (-(since * by_column(table, order.BETA)) * d_write).astype(HALF)
 
     def both(accumulator):
         plgpu.wgmma(accumulator, reading, s.queries.at[slot])
@@ -286,9 +331,9 @@ def chain_role(shapes: Shapes, chain: Chain, s, wg) -> None:
     move = retreated if chain.backwards else replayed
 
     def body(step, state):
-        slot = lax.rem(step, shapes.config.stages)
+        slot, two = lax.rem(step, shapes.config.stages), lax.rem(step, 2)
         (me,) = _mosaic_gpu.opaque(wg)
-        rounded = state.astype(shapes.dtype)
+        rounded = state.astype(HALF)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         s.staged.at[me][...] = rounded
         plgpu.commit_smem()
@@ -296,7 +341,8 @@ def chain_role(shapes: Shapes, chain: Chain, s, wg) -> None:
         box = chain.states.at[place.row, place.head, chunk, columns]
         plgpu.copy_smem_to_gmem(s.staged.at[me], box)
         plgpu.barrier_wait(s.ready.at[slot])
-        state = move(shapes, s, me, slot, step, state, rounded)
+        plgpu.barrier_wait(s.prepared.at[two])
+        state = move(shapes, s, place, me, slot, two, state, rounded)
         # Tables and tokens were read from the slot: order those reads before TMA fills it again.
         plgpu.commit_smem()
         plgpu.barrier_arrive(s.free.at[slot])
@@ -313,7 +359,7 @@ def run_chain(shapes: Shapes, name: str, arrays: dict[str, jax.Array]):
     """`states`, and going backwards `end`."""
     backwards, owners = "query" in arrays, shapes.chain_owners
     like = (shapes.rows, shapes.value_heads, shapes.chunks, shapes.value_dim, shapes.key_dim)
-    out_type: Any = {"states": jax.ShapeDtypeStruct(like, shapes.dtype)}
+    out_type: Any = {"states": jax.ShapeDtypeStruct(like, HALF)}
     if backwards:
         out_type["end"] = jax.ShapeDtypeStruct(arrays["edge"].shape, jnp.float32)
 

@@ -66,9 +66,15 @@ def product(left, right):
     return pl.run_scoped(run, _mosaic_gpu.accumulator(*SQUARE))
 
 
+def wide(tile):
+    """A 16-bit tile in registers, float32."""
+    return plgpu.load(tile, layout=MATRIX).astype(jnp.float32)
+
+
 HALF = jnp.float16
-# Exponents of float32: 2^-100 and 2^100, beyond which a quotient might overflow; one; what 1 / 2^n is taken from.
-SMALLEST, LARGEST, ONE_MORE, INVERSE_OF = (127 - 100) << 23, (127 + 100) << 23, 1 << 23, 254 << 23
+# Exponents of float32: 2^-100 and 2^100, beyond which a quotient might overflow; one more; what 1 / 2^n is taken from.
+SMALLEST, LARGEST = (127 - 100) << 23, (127 + 100) << 23
+ONE_MORE, INVERSE_OF = 1 << 23, 254 << 23
 EXPONENT = 0xFF << 23
 
 
@@ -82,7 +88,8 @@ def halved(tile, given: Any, factor) -> Any:
 
     Args:
       tile: `[64, D]` in shared memory, the bits of numbers of type `given`.
-      factor: from an iterator over parts of 64 columns in float32 to `(factor per row or None, anything)`.
+      factor: from an iterator over parts of 64 columns in float32 to `(factor or None, anything)`, one for all tokens
+        or one per token.
     """
     places = [tile.at[:, pl.ds(first, CHUNK)] for first in range(0, tile.shape[1], CHUNK)]
 
@@ -95,7 +102,9 @@ def halved(tile, given: Any, factor) -> Any:
     scale, rest = factor(map(wide, places))
     for place in places:
         value = wide(place)
-        place[...] = (value if scale is None else value * across(scale)).astype(HALF)
+        if scale is not None:
+            value = value * (across(scale) if scale.ndim else scale)
+        place[...] = value.astype(HALF)
     return rest
 
 
@@ -132,6 +141,16 @@ def largest(parts: Iterator[Any]):
 def inverse_size(parts: Iterator[Any]):
     """For `halved`: each token is divided by a power of two larger than all it holds, which is handed on."""
     unit = own_unit(largest(parts))
+    return inverse_power(unit), unit
+
+
+def inverse_size_within(parts: Iterator[Any], asked):
+    """As `inverse_size`, but by no less than 1/64 of `asked`, a power of two above all queries.
+
+    What a query is divided by multiplies a cotangent, which float16 still holds at 1/64; a query that small and smaller
+    keeps its digits down to 2^-20 of the largest.
+    """
+    unit = jnp.maximum(power_of_two(largest(parts)), asked * 2.0**-6)
     return inverse_power(unit), unit
 
 

@@ -14,8 +14,9 @@ those registers are the left operand of `S^T K^T` and `S^T Q^T`, so that neither
 memory.
 
 Layout: query, key `[z, N 64, Hk, Dk]`, value and out `[z, N 64, Hv, Dv]`, T `[z, Hv, N, 64, 64]`, gates
-`[z, Hv, N, 6, 64]` (`order.stacked`), states transposed, `[rows, Hv, Dv, Dk]`. `spans` gives each state its chunks, so
-that packed sequences, each of which begins a chunk, take a row each. Beta stays outside of T, in float32.
+`[z, Hv, N, 5 or 6, 64]` (`order.HIGH` to `order.SEGMENT`), states transposed, `[rows, Hv, Dv, Dk]`. `spans` gives each
+state its chunks, so that packed sequences, each of which begins a chunk, take a row each. Beta stays outside of T, in
+float32.
 
 Units: states and W are divided by a power of two, so that float16 operands, eight times finer than bfloat16, hold
 values of any size. It is larger than the first state and every value so far: the warpgroup ahead raises it where a
@@ -63,7 +64,7 @@ from pallas_kernels.delta_rule.mosaic_gpu_tuning import CHUNK, ForwardConfig
 ROW, COLUMN = range(2)
 # Rows of a chunk's table that `prepare` makes of it, factors per token: of its value in what is written; of what the
 # state says about its query (the last one: of the state itself); of what it says about its key; of the output.
-WRITE, CARRY, FADE, READ = order.BETA, order.SINCE, order.TABLE_ROWS, order.TABLE_ROWS + 1
+WRITE, CARRY, FADE, READ = order.BETA, order.SINCE, order.SEGMENT + 1, order.SEGMENT + 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +180,8 @@ def fetch(shapes: Shapes, inputs: Inputs, s, block: Block, step) -> None:
     place, head = (block.source, tokens), (block.source, block.head, chunk)
     plgpu.copy_gmem_to_smem(inputs.key.at[*place, block.key_head], s.keys.at[slot], ready)
     plgpu.copy_gmem_to_smem(inputs.inverse.at[head], s.inverse.at[lax.rem(step, 2)], ready)
-    rows = s.tables.at[slot, pl.ds(0, order.TABLE_ROWS)]
-    plgpu.copy_gmem_to_smem(inputs.tables.at[head], rows, ready)
+    rows = pl.ds(0, order.table_rows(segments=shapes.segments))
+    plgpu.copy_gmem_to_smem(inputs.tables.at[*head, rows], s.tables.at[slot, rows], ready)
     if shapes.output:
         plgpu.copy_gmem_to_smem(inputs.query.at[*place, block.key_head], s.queries.at[slot], ready)
     for owner in range(shapes.owners if shapes.values else 0):
@@ -410,7 +411,7 @@ class Result(NamedTuple):
 
 
 def forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, stacked: jax.Array, inverse: jax.Array, start: jax.Array, *,
+    query: jax.Array, key: jax.Array, value: jax.Array, tables: jax.Array, inverse: jax.Array, start: jax.Array, *,
     config: ForwardConfig, scale: float, segments: bool, use_qk_l2norm: bool = False, spans: jax.Array | None = None,
 ) -> Result:  # fmt: skip
     """The chain with outputs.
@@ -418,8 +419,7 @@ def forward(
     Args:
       query, key: `[z, N 64, Hk, Dk]`, bfloat16 or float16, zero on padding; products take them as float16.
       value: `[z, N 64, Hv, Dv]`, bfloat16 or float16. Dk, Dv: 64 or 128.
-      stacked: `order.stacked`.
-      inverse: T `[z, Hv, N, 64, 64]`, float16.
+      tables, inverse: of the prologue; T in float16.
       start: `[rows, Hv, Dk, Dv]` float32.
       scale: multiplies what a token reads.
       segments: whether segments start inside of chunks.
@@ -428,31 +428,31 @@ def forward(
         state z walks all of row z. Outputs of chunks that no span holds are undefined.
     """
     return _call(
-        query, key, value, stacked, inverse, start, config, scale, segments, use_qk_l2norm, spans
+        query, key, value, tables, inverse, start, config, scale, segments, use_qk_l2norm, spans
     )
 
 
 def final_state(
-    key: jax.Array, value: jax.Array | None, stacked: jax.Array, inverse: jax.Array, start: jax.Array, *,
+    key: jax.Array, value: jax.Array | None, tables: jax.Array, inverse: jax.Array, start: jax.Array, *,
     config: ForwardConfig, use_qk_l2norm: bool = False, spans: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """The final state of `forward` alone; without a value, that of values which are all zero."""
     return _call(
-        None, key, value, stacked, inverse, start, config, 1.0, False, use_qk_l2norm, spans
+        None, key, value, tables, inverse, start, config, 1.0, False, use_qk_l2norm, spans
     ).final
 
 
 def _call(
-    query, key, value: Any, stacked, inverse, start, config, scale, segments, use_qk_l2norm, spans
+    query, key, value: Any, tables, inverse, start, config, scale, segments, use_qk_l2norm, spans
 ) -> Result:
     given_dtype, key = key.dtype, as_half(key)
     query = None if query is None else as_half(query)
     rows, value_heads, key_dim, width = start.shape
     if spans is None:
-        whole = jnp.full((rows,), stacked.shape[2], jnp.int32)
+        whole = jnp.full((rows,), tables.shape[2], jnp.int32)
         spans = jnp.stack([jnp.arange(rows, dtype=jnp.int32), jnp.zeros_like(whole), whole], axis=1)
     unit = power_of_two(jnp.max(jnp.abs(start), axis=(2, 3)))
-    given = {"query": query, "key": key, "value": value, "inverse": inverse, "tables": stacked}
+    given = {"query": query, "key": key, "value": value, "inverse": inverse, "tables": tables}
     given |= {"start": jnp.swapaxes(start / unit[..., None, None], 2, 3)}
     given |= {"unit": unit, "spans": spans}
     given = {name: array for name, array in given.items() if array is not None}

@@ -4,7 +4,10 @@
 turn. All that it makes is linear in the value columns, so the warpgroups meet once, to add dq and dk; the sums over the
 value heads of a key head stay in registers. The derivation is in `mosaic_gpu_bwd`.
 
-Shared memory at Dk = Dv = 128: 215 KiB. There dq and dk hold 128 registers of each thread, and every product needs most
+Everything comes as the caller gave it and leaves as he gets it (`mosaic_gpu_factors`): queries and keys become float16
+where they lie, once per block, so does dO for every value head, and V, which no product reads, only in registers.
+
+Shared memory at Dk = Dv = 128: 217 KiB. There dq and dk hold 128 registers of each thread, and every product needs most
 of the others. What the compiler can derive from a thread's number (addresses, descriptors, masks) it would make once,
 ahead of the loop, and spill: 472 bytes. So each use of a tile begins with a number read from shared memory, which is
 always 0 but might be anything: nothing is spilled, and the code is shorter by 6 %.
@@ -19,22 +22,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mosaic_gpu
+from pallas_kernels.delta_rule import mosaic_gpu_factors as factors
 from pallas_kernels.delta_rule import order
 from pallas_kernels.delta_rule.mosaic_gpu_chains import (
     COLUMNS,
-    TABLE_ROWS,
+    UNITS,
     Shapes,
     by_row,
     decayed_scores,
 )  # fmt: skip
 from pallas_kernels.delta_rule.mosaic_gpu_chunk import (
     CHUNK,
+    HALF,
     MATRIX,
     PER_COLUMN,
     PER_ROW,
     SQUARE,
+    as_half,
     gated,
     product,
+    wide,
 )  # fmt: skip
 
 # Rows of `sums`, what comes out per token.
@@ -52,6 +59,7 @@ class Chunk(NamedTuple):
     d_out: Any
     inverse: Any
     tables: Any
+    units: Any  # [3, z, Hv] float32, rows as UNITS
     states: Any
     d_states: Any
     d_query: Any
@@ -62,7 +70,7 @@ class Chunk(NamedTuple):
 
 def gradient_scratch(shapes: Shapes) -> dict[str, Any]:
     """Shared memory and barriers of a block of `gradients`."""
-    owners, dtype = shapes.owners, shapes.dtype
+    owners, dtype = shapes.owners, HALF
     of_key, of_value, square = (
         (CHUNK, shapes.key_dim),
         (owners, CHUNK, COLUMNS),
@@ -71,17 +79,18 @@ def gradient_scratch(shapes: Shapes) -> dict[str, Any]:
     return {
         "queries": _mosaic_gpu.tile((1, *of_key), dtype),
         "keys": _mosaic_gpu.tile((1, *of_key), dtype),
-        "values": _mosaic_gpu.tile(of_value, dtype),
+        "values": _mosaic_gpu.tile(of_value, shapes.value_dtype),
         "d_outs": _mosaic_gpu.tile(of_value, dtype),
         "states": _mosaic_gpu.tile((owners, COLUMNS, shapes.key_dim), dtype),
         "d_states": _mosaic_gpu.tile((owners, COLUMNS, shapes.key_dim), dtype),
         "inverse": _mosaic_gpu.tile(square, dtype),
-        "tables": plgpu.SMEM((owners, TABLE_ROWS, CHUNK), jnp.float32),
+        "tables": plgpu.SMEM((owners, shapes.table_rows, CHUNK), jnp.float32),
         "left": _mosaic_gpu.tile(square, dtype),
         "updates": _mosaic_gpu.tile(of_value, dtype),
         "right": _mosaic_gpu.tile(square, dtype),
         "spare": _mosaic_gpu.tile(square, dtype),
         "sums": plgpu.SMEM((owners, INNER + 1, CHUNK), jnp.float32),
+        "factors": plgpu.SMEM((1, factors.ROWS, CHUNK), jnp.float32),
         "positions": plgpu.SMEM((owners, 2, CHUNK), jnp.int32),
         "keys_ready": plgpu.Barrier(num_arrivals=2),
         "ready": plgpu.Barrier(num_arrivals=6, num_barriers=owners),
@@ -98,7 +107,7 @@ class Owner:
 
     def __getattr__(self, name: str) -> Any:
         zero = self._scratch.positions[self._wg, ROW, 0]
-        shared = name in ("queries", "keys")
+        shared = name in ("queries", "keys", "factors")
         return getattr(self._scratch, name).at[zero if shared else self._wg + zero]
 
     def places(self):
@@ -113,10 +122,16 @@ class Owner:
         return plgpu.layout_cast(row, MATRIX), plgpu.layout_cast(column, MATRIX)
 
 
-def gradient_memory_role(shapes: Shapes, chunk: Chunk, s, row, index, key_head) -> None:
+def locate():
+    """Row, chunk and key head. Each role asks: known to both, it would be spilled before they have their registers."""
+    return tuple(lax.axis_index(name) for name in ("row", "chunk", "heads"))
+
+
+def gradient_memory_role(shapes: Shapes, chunk: Chunk, s) -> None:
     """Brings queries and keys, then every value head, to each warpgroup when it is done with the one before."""
     if shapes.owners > 1:
         plgpu.set_max_registers(shapes.config.memory_registers, action="decrease")
+    row, index, key_head = locate()
     tokens = pl.ds(index * CHUNK, CHUNK)
     of_key = (row, tokens, key_head)
     plgpu.copy_gmem_to_smem(chunk.query.at[of_key], s.queries.at[0], s.keys_ready)
@@ -153,31 +168,27 @@ def head_gradients(shapes: Shapes, own: Owner, d_query, d_key, store) -> None:
 
     Half of the registers hold dq and dk: what is needed twice waits in shared memory.
     """
+    factors.prepare_d_out(shapes, own)
     d_write = write_gradients(shapes, own, d_key)
     recall_gradients(shapes, own, d_write, d_key, store)
-    rounded = d_write.astype(shapes.dtype)
+    rounded = d_write.astype(HALF)
     inverse_gradients(shapes, own, rounded, d_key)
     read_gradients(shapes, own, d_query, d_key)
 
 
-def wide(tile):
-    """A 16-bit tile in registers, float32."""
-    return plgpu.load(tile, layout=MATRIX).astype(jnp.float32)
-
-
 def write_gradients(shapes: Shapes, own: Owner, d_key):
     """The updates N, their use in the chunk's end state, and dR."""
-    table, dtype = own.tables, shapes.dtype
+    table = own.tables
     own.right[...] = decayed_scores(shapes, own.queries, own.keys, table, own.places)
     recalled = product(own.keys, own.states.T)
     # Without its decay: a strong one would leave the range of float16.
-    own.spare[...] = recalled.astype(dtype)
-    residual = wide(own.values) - by_row(table, order.SINCE) * recalled
-    own.left[...] = (by_row(table, order.BETA) * residual).astype(dtype)
+    own.spare[...] = recalled.astype(HALF)
+    residual = factors.value(own) - by_row(table, order.SINCE) * recalled
+    own.left[...] = (by_row(table, order.BETA) * residual).astype(HALF)
     plgpu.commit_smem()
     update = product(own.inverse, own.left)
-    own.updates[...] = update.astype(dtype)
-    leaving = (by_row(table, order.UNTIL) * update).astype(dtype)
+    own.updates[...] = update.astype(HALF)
+    leaving = (by_row(table, order.UNTIL) * update).astype(HALF)
     plgpu.commit_smem()
 
     plgpu.wgmma(d_key, leaving, own.d_states)
@@ -186,31 +197,32 @@ def write_gradients(shapes: Shapes, own: Owner, d_key):
     d_update = _mosaic_gpu.added(
         lambda a: plgpu.wgmma(a, own.right.T, own.d_outs), by_row(table, order.UNTIL) * echoed
     )
-    own.left[...] = d_update.astype(dtype)
+    own.left[...] = d_update.astype(HALF)
     plgpu.commit_smem()
     return product(own.inverse.T, own.left)
 
 
 def recall_gradients(shapes: Shapes, own: Owner, d_write, d_key, store) -> None:
     """dV, and what the recall of the chunk's first state leaves: parts of dk, dbeta and dg."""
-    table, dtype = own.tables, shapes.dtype
+    table = own.tables
     since = plgpu.load(table.at[order.SINCE], layout=PER_ROW)
     beta = plgpu.load(table.at[order.BETA], layout=PER_ROW)
     recalled = since * (d_write * wide(own.spare)).sum(axis=1)
     own.sums.at[AT_READER][...] = -beta * recalled
-    own.sums.at[D_BETA][...] = (d_write * wide(own.values)).sum(axis=1) - recalled
+    own.sums.at[D_BETA][...] = (d_write * factors.value(own)).sum(axis=1) - recalled
     d_residual = by_row(table, order.BETA) * d_write
-    own.values[...] = d_residual.astype(dtype)
+    d_value = by_row(own.factors, factors.D_VALUE) * d_residual
+    own.values[...] = d_value.astype(shapes.value_dtype)
     plgpu.commit_smem()
     store(own.values)
-    plgpu.wgmma(d_key, (-by_row(table, order.SINCE) * d_residual).astype(dtype), own.states)
+    plgpu.wgmma(d_key, (-by_row(table, order.SINCE) * d_residual).astype(HALF), own.states)
     # Else this operand and those of the next product would take more registers than there are: all were serialised.
     plgpu.wgmma_wait(0)
 
 
 def inverse_gradients(shapes: Shapes, own: Owner, d_write, d_key) -> None:
     """dL and what it leaves: parts of dk, dbeta and dg. T has been used for the last time: its tile is free."""
-    table, dtype = own.tables, shapes.dtype
+    table = own.tables
     row, column = own.places()
     # From here on -dL, times the decay, then times beta.
     d_lower = product(d_write, own.updates.T)
@@ -219,7 +231,7 @@ def inverse_gradients(shapes: Shapes, own: Owner, d_write, d_key) -> None:
     d_beta = plgpu.load(own.sums.at[D_BETA], layout=PER_ROW) - (d_lower * overlap).sum(axis=1)
     own.sums.at[D_BETA][...] = d_beta
     d_lower = by_row(table, order.BETA) * d_lower
-    d_overlap = (-d_lower).astype(dtype)
+    d_overlap = (-d_lower).astype(HALF)
     own.left[...] = d_overlap
     split(own.inverse, own.spare, -(d_lower * overlap))
     plgpu.commit_smem()
@@ -230,7 +242,7 @@ def inverse_gradients(shapes: Shapes, own: Owner, d_write, d_key) -> None:
 
 def read_gradients(shapes: Shapes, own: Owner, d_query, d_key) -> None:
     """What the output's cotangent leaves: dq, and parts of dk and dg."""
-    table, dtype = own.tables, shapes.dtype
+    table = own.tables
     row, column = own.places()
     d_inside = product(own.d_outs, own.updates.T)
     # Behind this barrier every warp has its products, and the tiles may be written.
@@ -238,9 +250,8 @@ def read_gradients(shapes: Shapes, own: Owner, d_query, d_key) -> None:
     pairs = jnp.where(row > column, d_inside * wide(own.right), 0.0)
     split(own.inverse, own.spare, pairs)
     row, column = own.places()
-    d_scores = (shapes.scale * gated(table, row >= column, shapes.segments) * d_inside).astype(
-        dtype
-    )
+    d_scores = shapes.scale * gated(table, row >= column, shapes.segments) * d_inside
+    d_scores = d_scores.astype(HALF)
     own.right[...] = d_scores
     plgpu.commit_smem()
     plgpu.wgmma(d_query, d_scores, own.keys)
@@ -249,7 +260,7 @@ def read_gradients(shapes: Shapes, own: Owner, d_query, d_key) -> None:
     own.sums.at[D_GATE][...] = d_gate + corner_sum(own)
 
     d_carried = shapes.scale * by_row(table, order.SINCE) * wide(own.d_outs)
-    plgpu.wgmma(d_query, d_carried.astype(dtype), own.states)
+    plgpu.wgmma(d_query, d_carried.astype(HALF), own.states)
     at_reader = (d_carried * product(own.queries, own.states.T)).sum(axis=1)
     at_reader += plgpu.load(own.sums.at[AT_READER], layout=PER_ROW)
     own.sums.at[AT_READER][...] = at_reader
@@ -283,15 +294,22 @@ def corner_sum(own: Owner):
     return jnp.where(column < row, sums, 0.0).sum(axis=1)
 
 
-def gradient_role(shapes: Shapes, chunk: Chunk, s, row, index, key_head, wg) -> None:
-    """Every value head of the key head in turn, then dq and dk."""
+def gradient_role(shapes: Shapes, chunk: Chunk, s, wg) -> None:
+    """Every value head of the key head in turn, then dq and dk; of two warpgroups one has the queries, one the keys."""
     if shapes.owners > 1:
         plgpu.set_max_registers(shapes.config.gradient_registers, action="increase")
+    row, index, key_head = locate()
     for axis in (ROW, COLUMN):
         place = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=PER_ROW)
         s.positions.at[wg, axis][...] = place
-    plgpu.commit_smem()
+    held, pulled, asked = (chunk.units[kind, row, key_head * shapes.group] for kind in UNITS)
     plgpu.barrier_wait(s.keys_ready)
+    pl.when(wg == 0)(lambda: factors.prepare_queries(shapes, s, held, pulled, asked))
+    pl.when(wg == shapes.owners - 1)(lambda: factors.prepare_keys(shapes, s, held, pulled))
+    plgpu.commit_smem()
+    if shapes.owners > 1:
+        plgpu.barrier_arrive(s.met)
+        plgpu.barrier_wait(s.met)
     tokens, columns = pl.ds(index * CHUNK, CHUNK), pl.ds(wg * COLUMNS, COLUMNS)
 
     def accumulate(d_query, d_key):
@@ -315,42 +333,46 @@ def gradient_role(shapes: Shapes, chunk: Chunk, s, row, index, key_head, wg) -> 
     part = _mosaic_gpu.accumulator(CHUNK, shapes.key_dim)
     d_query, d_key = pl.run_scoped(accumulate, part, part)
 
-    def write(value, staged, target):
-        staged[...] = value.astype(shapes.dtype)
+    def write(gradient, name, factor, target):
+        own = Owner(s, wg)
+        factors.finish(shapes, own, name, factor, gradient)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged, target.at[row, tokens, key_head])
+        plgpu.copy_smem_to_gmem(getattr(own, name), target.at[row, tokens, key_head])
         # Shared memory is the block's only as long as it runs.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+    of_query = ("queries", factors.D_QUERY, chunk.d_query)
+    of_key = ("keys", factors.D_KEY, chunk.d_key)
     if shapes.owners == 1:
-        write(d_query, s.queries.at[0], chunk.d_query)
-        write(d_key, s.keys.at[0], chunk.d_key)
+        write(d_query, *of_query)
+        write(d_key, *of_key)
         return
 
-    def meet(kept, given, staged, target):
+    def meet(kept, given, *place):
         """Sums of two 16-bit numbers cross shared memory: more digits than the result has."""
-        high = given.astype(shapes.dtype)
+        high = given.astype(HALF)
         s.states.at[wg][...] = high
-        s.d_states.at[wg][...] = (given - high.astype(jnp.float32)).astype(shapes.dtype)
+        s.d_states.at[wg][...] = (given - high.astype(jnp.float32)).astype(HALF)
         plgpu.commit_smem()
         plgpu.barrier_arrive(s.met)
         plgpu.barrier_wait(s.met)
         for part in (s.states, s.d_states):
             kept += plgpu.load(part.at[1 - wg], layout=MATRIX).astype(jnp.float32)
-        write(kept, staged, target)
+        write(kept, *place)
 
-    pl.when(wg == 0)(lambda: meet(d_query, d_key, s.queries.at[0], chunk.d_query))
-    pl.when(wg == 1)(lambda: meet(d_key, d_query, s.keys.at[0], chunk.d_key))
+    pl.when(wg == 0)(lambda: meet(d_query, d_key, *of_query))
+    pl.when(wg == 1)(lambda: meet(d_key, d_query, *of_key))
 
 
 def run_gradients(shapes: Shapes, arrays: dict[str, jax.Array]):
-    """`(dq, dk, dV, sums)`."""
-    struct, dtype = jax.ShapeDtypeStruct, shapes.dtype
+    """`(dq, dk, dV, sums)` of the arrays in `Chunk`: three finished, the sums in units `held pulled`."""
+    struct = jax.ShapeDtypeStruct
+    arrays = arrays | {name: as_half(arrays[name]) for name in ("query", "key", "d_out")}
     of_chunk = (shapes.rows, shapes.value_heads, shapes.chunks)
     out_type = (
-        struct(arrays["query"].shape, dtype),
-        struct(arrays["key"].shape, dtype),
-        struct(arrays["value"].shape, dtype),
+        struct(arrays["query"].shape, HALF),
+        struct(arrays["key"].shape, HALF),
+        struct(arrays["value"].shape, shapes.value_dtype),
         struct((*of_chunk, shapes.owners, INNER + 1, CHUNK), jnp.float32),
     )
     names = Chunk._fields[: len(arrays)]
@@ -358,12 +380,10 @@ def run_gradients(shapes: Shapes, arrays: dict[str, jax.Array]):
     def kernel(*refs, **scratch):
         chunk, s = Chunk(*refs), _mosaic_gpu.Scratch(scratch)
         wg = lax.axis_index("warpgroup")
-        row, index, head = (lax.axis_index(name) for name in ("row", "chunk", "heads"))
-        owners = shapes.owners
-        pl.when(wg < owners)(lambda: gradient_role(shapes, chunk, s, row, index, head, wg))
-        pl.when(wg == owners)(lambda: gradient_memory_role(shapes, chunk, s, row, index, head))
+        pl.when(wg < shapes.owners)(lambda: gradient_role(shapes, chunk, s, wg))
+        pl.when(wg == shapes.owners)(lambda: gradient_memory_role(shapes, chunk, s))
 
-    return plgpu.kernel(
+    d_query, d_key, *rest = plgpu.kernel(
         kernel,
         out_type=out_type,
         scratch_types=gradient_scratch(shapes),
@@ -374,3 +394,5 @@ def run_gradients(shapes: Shapes, arrays: dict[str, jax.Array]):
         kernel_name="delta_rule_gradients",
         **_mosaic_gpu.kernel_options(),
     )(*(arrays[name] for name in names))
+    given = lambda x: x if x.dtype == shapes.given else lax.bitcast_convert_type(x, shapes.given)
+    return given(d_query), given(d_key), *rest

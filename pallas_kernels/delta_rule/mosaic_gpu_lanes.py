@@ -28,7 +28,7 @@ class Kept(NamedTuple):
 
     Attributes:
       inverse: `[z, Hv, N, 64, 64]` float16.
-      tables: `order.stacked`.
+      tables: `[z, Hv, N, 5 or 6, 64]` float32, the gates (`order.HIGH` and so on).
       unit: `[z, Hv]`, or of each packed sequence: a power of two above all values and the start state.
       start: `[z, h, n, Dk, Dv]`, the state at the start of every lane.
       transition: `[z, h, n, Dk, Dk]`, each lane's M; None with one lane.
@@ -41,17 +41,8 @@ class Kept(NamedTuple):
     transition: jax.Array | None
 
 
-class Operands(NamedTuple):
-    """What the kernels read: see `mosaic_gpu_fwd.forward`."""
-
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    tables: jax.Array
-
-
-def operands(plan: Plan, order: Order, tokens: Tokens) -> Operands:
-    """Rows of chunks with zeros on padding, and the tables of their gates."""
+def operands(plan: Plan, order: Order, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query, key and value in rows of chunks, zero on padding and in channels that fill up a head."""
     rows = plan.batch * plan.lanes
     real = None
     if order.real is not None:
@@ -62,22 +53,18 @@ def operands(plan: Plan, order: Order, tokens: Tokens) -> Operands:
         x = x if real is None else jnp.where(real, x, jnp.zeros_like(x))
         return _mosaic_gpu.pad_axis(x, 3, mosaic_gpu_tuning.padded_dim(x.shape[3]))
 
-    query, key, value = (clean(x) for x in (tokens.query, tokens.key, tokens.value))
-    tables = orders.stacked(orders.tables(plan, order, tokens.g, tokens.beta))
-    return Operands(query, key, value, tables)
+    return clean(tokens.query), clean(tokens.key), clean(tokens.value)
 
 
 def forward(
     plan: Plan, order: Order, tokens: Tokens, initial_state
 ) -> tuple[jax.Array, jax.Array, Kept]:
     """`(out [B, T, Hv, Dv], final_state, Kept)` of the whole call."""
-    call = operands(plan, order, tokens)
-    segments = order.segment is not None
-    inverse = mosaic_gpu_prologue.inverse(
-        call.key, call.tables, segments=segments, use_qk_l2norm=plan.use_qk_l2norm
-    )
+    query, key, value = operands(plan, order, tokens)
+    gates = orders.gates(plan, order, tokens.g, tokens.beta)
+    inverse, tables = mosaic_gpu_prologue.prologue(key, gates, use_qk_l2norm=plan.use_qk_l2norm)
     key_dim, value_dim = initial_state.shape[2:]
-    wide_key, wide_value = call.key.shape[3], call.value.shape[3]
+    wide_key, wide_value = key.shape[3], value.shape[3]
     widen = lambda x: _mosaic_gpu.pad_axis(_mosaic_gpu.pad_axis(x, 2, wide_key), 3, wide_value)
     narrow = lambda x: x[..., :key_dim, :value_dim]
     heads = (tokens.key.shape[2], -1)
@@ -91,7 +78,7 @@ def forward(
             grouped(initial_state), shape=(1, *grouped(initial_state).shape[1:])
         )
     elif plan.lanes > 1:
-        transition, extra = _maps(plan, call, inverse)
+        transition, extra = _maps(plan, key, value, tables, inverse)
         start = orders.through_lanes(plan, grouped(start), grouped(transition), grouped(extra))
         start = start.reshape(extra.shape)
         transition = grouped(transition[..., :key_dim, :key_dim])
@@ -102,25 +89,25 @@ def forward(
         width=wide_value, heads=start.shape[0] * start.shape[1]
     )
     out, final, unit = mosaic_gpu_fwd.forward(
-        *call, inverse, start, config=config, scale=plan.scale, segments=segments,
-        use_qk_l2norm=plan.use_qk_l2norm, spans=spans,
+        query, key, value, tables, inverse, start, config=config, scale=plan.scale,
+        segments=order.segment is not None, use_qk_l2norm=plan.use_qk_l2norm, spans=spans,
     )  # fmt: skip
     if plan.lanes > 1:
         final = final.reshape(plan.batch, plan.lanes, *final.shape[1:])[:, -1]
     out = orders.from_rows(plan, order, out)[..., :value_dim]
-    return out, narrow(final), Kept(inverse, call.tables, unit, kept_start, transition)
+    return out, narrow(final), Kept(inverse, tables, unit, kept_start, transition)
 
 
-def _maps(plan: Plan, call: Operands, inverse) -> tuple[jax.Array, jax.Array]:
+def _maps(plan: Plan, key, value, tables, inverse) -> tuple[jax.Array, jax.Array]:
     """M `[z, Hv, Dk, Dk]` and E `[z, Hv, Dk, Dv]` of every lane."""
     rows, heads = inverse.shape[:2]
-    key_dim, value_dim = call.key.shape[3], call.value.shape[3]
-    run = lambda value, start: mosaic_gpu_fwd.final_state(
-        call.key, value, call.tables, inverse, start,
+    key_dim, value_dim = key.shape[3], value.shape[3]
+    run = lambda written, start: mosaic_gpu_fwd.final_state(
+        key, written, tables, inverse, start,
         config=mosaic_gpu_tuning.forward_config(width=start.shape[3], heads=rows * heads),
         use_qk_l2norm=plan.use_qk_l2norm,
     )  # fmt: skip
     identity = jnp.eye(key_dim, dtype=jnp.float32)[None, None]
     transition = run(None, jnp.broadcast_to(identity, (rows, heads, key_dim, key_dim)))
-    extra = run(call.value, jnp.zeros_like(transition, shape=(rows, heads, key_dim, value_dim)))
+    extra = run(value, jnp.zeros_like(transition, shape=(rows, heads, key_dim, value_dim)))
     return transition, extra

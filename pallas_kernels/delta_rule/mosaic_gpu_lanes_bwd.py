@@ -1,8 +1,7 @@
-"""The Hopper backward kernels over a whole call: half-precision operands and cotangents, then segments, then gradients.
+"""The Hopper backward kernels over a whole call: rows of chunks, units, then segments, then gradients.
 
-As in `mosaic_gpu_lanes`, queries and keys become float16. So do values, states and cotangents, each divided by a power
-of two per key head: the backward is linear in what values and states hold and in the cotangents, so the gradients are
-multiplied by both. A query is divided by a power of two, by which the cotangent of its output is multiplied.
+As in `mosaic_gpu_lanes`, the kernels read what the caller gave and make it float16 where they hold it. Before them XLA
+only finds powers of two per key head, above all cotangents and, where they are not normalised, above all queries.
 """
 
 from typing import Any
@@ -11,21 +10,21 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _mosaic_gpu
-from pallas_kernels.delta_rule import algebra, mosaic_gpu_bwd, mosaic_gpu_tuning
+from pallas_kernels.delta_rule import mosaic_gpu_bwd, mosaic_gpu_tuning
 from pallas_kernels.delta_rule import order as orders
 from pallas_kernels.delta_rule.mosaic_gpu_chunk import own_unit, power_of_two
 from pallas_kernels.delta_rule.mosaic_gpu_lanes import Kept
 from pallas_kernels.delta_rule.order import Order, Plan, Tokens
 
 
-def clean(plan: Plan, order: Order, x):
-    """`[B, T, heads, ...]` as float32 rows of chunks, zero on padding."""
+def to_rows(plan: Plan, order: Order, x):
+    """`[B, T, heads, ...]` as rows of chunks, zero on padding."""
     x = orders.to_rows(plan, order, x)
     if order.real is None:
-        return x.astype(jnp.float32)
+        return x
     real = jnp.moveaxis(order.real, 0, 1).reshape(x.shape[0], -1)
     real = real.reshape(real.shape + (1,) * (x.ndim - 2))
-    return jnp.where(real, x, jnp.zeros_like(x)).astype(jnp.float32)
+    return jnp.where(real, x, jnp.zeros_like(x))
 
 
 def widen(x):
@@ -33,31 +32,38 @@ def widen(x):
     return _mosaic_gpu.pad_axis(x, x.ndim - 1, mosaic_gpu_tuning.padded_dim(x.shape[-1]))
 
 
-def prepared(plan: Plan, order: Order, tokens: Tokens) -> Tokens:
-    """What the kernels' gradients are of; differentiated by JAX."""
-    query, key, value, g, beta = (clean(plan, order, x) for x in tokens)
-    if plan.use_qk_l2norm:
-        query, key = algebra.l2_normalize(query), algebra.l2_normalize(key)
-    return Tokens(widen(query), widen(key), widen(value), g, beta)
+def arranged(plan: Plan, order: Order, tokens: Tokens) -> Tokens:
+    """What the kernels' gradients are of. Linear: JAX arranges the gradients as the tokens were."""
+    query, key, value, g, beta = (to_rows(plan, order, x) for x in tokens)
+    single = lambda x: x.astype(jnp.float32)
+    return Tokens(widen(query), widen(key), widen(value), single(g), single(beta))
 
 
-def unit_of(plan: Plan, tokens, state, group: int):
-    """A power of two per row and head, `[z, Hv]`, that nothing of its tokens and states exceeds.
+def sizes(x):
+    """The largest number of every row and head, float32 `[z, heads]`."""
+    return jnp.max(jnp.abs(x), axis=(1, 3)).astype(jnp.float32)
 
-    The value heads of a key head share it, since the kernels add up their gradients of its query and key.
-    """
-    sizes = jnp.max(jnp.abs(tokens), axis=(1, 3)).reshape(plan.batch, plan.lanes, -1, group)
-    states = jnp.max(jnp.abs(state), axis=(2, 3)).reshape(plan.batch, -1, sizes.shape[2], group)
-    largest = jnp.maximum(jnp.max(sizes, axis=(1, 3)), jnp.max(states, axis=(1, 3)))
-    return jnp.repeat(jnp.repeat(power_of_two(largest), group, axis=1), plan.lanes, axis=0)
+
+def unit_of(order: Order, read, state):
+    """A power of two above `read` `[z, Hv]` and all states of the row."""
+    states = jnp.max(jnp.abs(state), axis=(2, 3))
+    if order.sequence is not None:
+        states = jnp.max(states, axis=0, keepdims=True)
+    return power_of_two(jnp.maximum(read, states))
+
+
+def shared(unit, group: int):
+    """The largest of a key head for all its value heads: the kernels add up their gradients of its query and key."""
+    largest = jnp.max(unit.reshape(unit.shape[0], -1, group), axis=2)
+    return jnp.repeat(largest, group, axis=1)
 
 
 def backward(
     plan: Plan, order: Order, tokens: Tokens, initial_state, kept: Kept, d_out, d_final
 ) -> tuple[Tokens, jax.Array]:
     """Cotangents of the tokens, each in its dtype, and of the initial state."""
-    given, pull = jax.vjp(lambda tokens: prepared(plan, order, tokens), tokens)
-    tables = orders.tables(plan, order, tokens.g, tokens.beta)
+    given, pull = jax.vjp(lambda tokens: arranged(plan, order, tokens), tokens)
+    d_out = widen(to_rows(plan, order, d_out))
     heads, group = tokens.key.shape[2], tokens.value.shape[2] // tokens.key.shape[2]
     flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
     grouped = lambda x: x.reshape(x.shape[0], heads, group, *x.shape[2:])
@@ -67,43 +73,38 @@ def backward(
     start = fill(initial_state if packed else flat(kept.start))
     end = fill(d_final)
 
-    length = own_unit(jnp.max(jnp.abs(given.query), axis=-1))[..., None]
-    read = widen(clean(plan, order, d_out)) * jnp.repeat(length, group, axis=2)
-    held = unit_of(plan, given.value, start, group)
-    pulled = unit_of(plan, read, end, group)
-    by_token, by_state = (lambda x: x[:, None, :, None]), (lambda x: x[:, :, None, None])
-    half = lambda x: x.astype(jnp.float16)
-    query, key = half(given.query / length), half(given.key)
-    read = half(read / by_token(pulled))
+    held = jnp.max(kept.unit, axis=0, keepdims=True) if packed else kept.unit
+    asked, read = None, sizes(d_out)
+    if not plan.use_qk_l2norm:
+        asked = jnp.repeat(own_unit(sizes(given.query)), group, axis=1)
+        read = read * asked
     options: dict[str, Any] = {
         "config": mosaic_gpu_tuning.backward_config(heads=start.shape[0] * start.shape[1]),
-        "scale": plan.scale, "tables": tables, "inverse": kept.inverse,
+        "scale": plan.scale, "tables": kept.tables, "segments": order.segment is not None,
+        "use_qk_l2norm": plan.use_qk_l2norm, "inverse": kept.inverse,
+        "asked": asked,
     }  # fmt: skip
     spans = None
     if packed:
         found = orders.spans(order, initial_state.shape[0])
         spans = jnp.concatenate([jnp.zeros_like(found[:, :1]), found], axis=1)
     elif kept.transition is not None:
-        extra = mosaic_gpu_bwd.retreat(query, key, read, d_final=jnp.zeros_like(start), **options)
-        extra = grouped(extra * by_state(pulled))
+        extra = mosaic_gpu_bwd.retreat(
+            given.query, given.key, d_out, d_final=jnp.zeros_like(start),
+            pulled=shared(power_of_two(read), group), **options,
+        )  # fmt: skip
         back = jnp.swapaxes(grouped(fill_square(flat(kept.transition), wide_key)), -1, -2)
-        end = flat(orders.through_lanes(plan, grouped(end), back, extra, reverse=True))
+        end = flat(orders.through_lanes(plan, grouped(end), back, grouped(extra), reverse=True))
     found = mosaic_gpu_bwd.backward(
-        query, key, half(given.value / by_token(held)), start_state=start / by_state(held),
-        d_out=read, d_final=end / by_state(pulled), spans=spans, **options,
+        given.query, given.key, given.value, start_state=start, d_out=d_out, d_final=end,
+        held=shared(held, group), pulled=shared(unit_of(order, read, end), group), spans=spans,
+        **options,
     )  # fmt: skip
-
-    both = held * pulled
-    of_key = by_token(both[:, ::group])
-    single = lambda x: x.astype(jnp.float32)
-    per_head = lambda x: jnp.swapaxes(x * both[..., None], 1, 2)
+    by_head = lambda x: jnp.swapaxes(x, 1, 2)
     (d_tokens,) = pull(
-        Tokens(
-            single(found.query) * of_key / length, single(found.key) * of_key,
-            single(found.value) * by_token(pulled), per_head(found.g), per_head(found.beta),
-        )
-    )  # fmt: skip
-    d_start = found.state * by_state(pulled)
+        Tokens(found.query, found.key, found.value, by_head(found.g), by_head(found.beta))
+    )
+    d_start = found.state
     if not packed:
         d_start = d_start.reshape(plan.batch, plan.lanes, *d_start.shape[1:])[:, 0]
     return d_tokens, d_start[..., : initial_state.shape[2], : initial_state.shape[3]]

@@ -1,4 +1,4 @@
-"""The triangular inverse of every chunk on Hopper (sm_90a), as a Pallas Mosaic GPU kernel.
+"""What a chunk is before any state is known, on Hopper (sm_90a): the table of its gates and its triangular inverse.
 
 Algorithm: T = (I + L)^-1 with L the strictly lower part of `beta_i Gamma_ij (K K^T)_ij`, so that the chain that walks
 from chunk to chunk multiplies by T instead of solving. A block is one warpgroup and makes, for one chunk of one key
@@ -17,15 +17,18 @@ with beta near 1 its columns then add up to `1 - beta`, and errors E made entry 
 As `T (I - E)`, which rounds to the same large entries and lets the small ones below make up for them, T is off by a
 rounding relative to whatever it leaves.
 
+The gates are summed as two floats each (`algebra.two_float_cumsum`), in six steps through shared memory.
+
 Keys come as bfloat16 or float16 and become float16 in their tile, divided by their length if the caller wants that.
-Layout: key `[z, N 64, Hk, D]`, tables `[z, Hv, N, 6, 64]` (`order.stacked`), result `[z, Hv, N, 64, 64]`, beta not
-folded in. Units: natural logarithms; exponents are masked before `exp`. Shared memory: `128 D + 40 KiB + 1 KiB n`.
+Layout: key `[z, N 64, Hk, D]`, gates `[z, Hv, N, 64]` (`order.gates`), T `[z, Hv, N, 64, 64]`, beta not folded in,
+tables `[z, Hv, N, 5 or 6, 64]` (rows: `order.HIGH` to `order.SEGMENT`). Units: natural logarithms; exponents are masked
+before `exp`. Shared memory: `128 D + 42 KiB + 1.5 KiB n`.
 
 Source: Yang et al., Gated Delta Networks (arXiv 2412.06464), section 3.3; docs/gated_delta_rule.md.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mosaic_gpu
-from pallas_kernels.delta_rule import order
+from pallas_kernels.delta_rule import algebra, order
 from pallas_kernels.delta_rule.mosaic_gpu_chunk import (
     HALF,
     PER_ROW,
@@ -63,17 +66,44 @@ class Shapes:
     result: Any
     segments: bool
 
+    @property
+    def table_rows(self) -> int:
+        return order.table_rows(segments=self.segments)
+
+
+class Inputs(NamedTuple):
+    """References to device memory; `segment` is None where nothing is packed in place."""
+
+    key: Any
+    g: Any
+    beta: Any
+    segment: Any = None
+
+
+class Prologue(NamedTuple):
+    """What the walks over chunks read besides the tokens.
+
+    Attributes:
+      inverse: T `[z, Hv, N, 64, 64]`.
+      tables: `[z, Hv, N, order.table_rows(...), 64]` float32.
+    """
+
+    inverse: Any
+    tables: Any
+
 
 def scratch_spec(shapes: Shapes) -> dict[str, Any]:
     """Shared memory and barriers of one block."""
     return {
         "keys": _mosaic_gpu.tile((CHUNK, shapes.key_dim), HALF),
-        "tables": plgpu.SMEM((shapes.group, order.BETA + 1, CHUNK), jnp.float32),
+        "tables": plgpu.SMEM((shapes.group, shapes.table_rows, CHUNK), jnp.float32),
+        # In turn; in front of each 64 sums there are 64 zeros.
+        "sums": plgpu.SMEM((2, 2, 2 * CHUNK), jnp.float32),
         "lower": _mosaic_gpu.tile((2, *SQUARE), HALF),
         # Two, so that a warp may write the next while another still multiplies by this one.
         "inverse": _mosaic_gpu.tile((2, *SQUARE), HALF),
         "made": _mosaic_gpu.tile(SQUARE, shapes.result),
-        "ready": plgpu.Barrier(num_arrivals=1 + shapes.group),
+        "ready": plgpu.Barrier(num_arrivals=1 + shapes.group * (3 if shapes.segments else 2)),
     }
 
 
@@ -127,14 +157,57 @@ def rounded(s, inverse, dtype):
     return (inverse - product(inverse.astype(jnp.float16), stored)).astype(dtype)
 
 
-def role(shapes: Shapes, key, tables, result, s) -> None:
+def zeros():
+    """A zero per token, laid out like what is not constant."""
+    return plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.float32), PER_ROW)
+
+
+def summed(s, gates):
+    """`algebra.two_float_cumsum` of a chunk's gates."""
+    high, low = gates, zeros()
+    for step in range(LEVELS):
+        sums, before = s.sums.at[step % 2], pl.ds(CHUNK - 2**step, CHUNK)
+        for row, part in enumerate((high, low)):
+            sums.at[row, pl.ds(CHUNK, CHUNK)][...] = part
+        plgpu.commit_smem()
+        others = (plgpu.load(sums.at[row, before], layout=PER_ROW) for row in range(2))
+        high, low = algebra.two_float_add(high, low, *others)
+    return high, low
+
+
+def complete(shapes: Shapes, s, table) -> None:
+    """Makes the table of a chunk whose gates lie where their sums will; `commit_smem` before it leaves."""
+    rows = lambda row: plgpu.load(table.at[row], layout=PER_ROW)
+    high, low = summed(s, rows(order.HIGH))
+    table.at[order.HIGH][...] = high
+    table.at[order.LOW][...] = low
+    plgpu.commit_smem()
+    last = CHUNK - 1
+    until = jnp.exp((table[order.HIGH, last] - high) + (table[order.LOW, last] - low))
+    since = jnp.exp(high + low)
+    if shapes.segments:
+        segment = rows(order.SEGMENT)
+        until = jnp.where(segment == table[order.SEGMENT, last], until, 0.0)
+        since = jnp.where(segment == 0.0, since, 0.0)
+    table.at[order.UNTIL][...] = until
+    table.at[order.SINCE][...] = since
+
+
+def role(shapes: Shapes, inputs: Inputs, outputs: Prologue, s) -> None:
     """One chunk of one key head."""
     head, chunk, row = (lax.axis_index(name) for name in ("heads", "chunk", "row"))
     tokens = pl.ds(chunk * CHUNK, CHUNK)
-    plgpu.copy_gmem_to_smem(key.at[row, tokens, head], s.keys, s.ready)
+    plgpu.copy_gmem_to_smem(inputs.key.at[row, tokens, head], s.keys, s.ready)
     for index in range(shapes.group):
-        box = tables.at[row, head * shapes.group + index, chunk, pl.ds(0, order.BETA + 1)]
-        plgpu.copy_gmem_to_smem(box, s.tables.at[index], s.ready)
+        place, table = (row, head * shapes.group + index, chunk), s.tables.at[index]
+        plgpu.copy_gmem_to_smem(inputs.g.at[place], table.at[order.HIGH], s.ready)
+        plgpu.copy_gmem_to_smem(inputs.beta.at[place], table.at[order.BETA], s.ready)
+        if shapes.segments:
+            segment = inputs.segment.at[row, chunk]
+            plgpu.copy_gmem_to_smem(segment, table.at[order.SEGMENT], s.ready)
+    for buffer in range(2):
+        for part in range(2):
+            s.sums.at[buffer, part, pl.ds(0, CHUNK)][...] = zeros()
     plgpu.barrier_wait(s.ready)
     half_keys(s.keys, shapes.given, shapes.use_qk_l2norm)
     plgpu.commit_smem()
@@ -144,6 +217,7 @@ def role(shapes: Shapes, key, tables, result, s) -> None:
     def _(index):
         row_place, column_place = places()
         table = s.tables.at[index]
+        complete(shapes, s, table)
         decay = gated(table, row_place > column_place, shapes.segments)
         beta = across(plgpu.load(table.at[order.BETA], layout=PER_ROW))
         inverse = rounded(s, inverted(s, beta * (decay * overlap)), shapes.result)
@@ -152,43 +226,49 @@ def role(shapes: Shapes, key, tables, result, s) -> None:
         plgpu.commit_smem()
         s.made[...] = inverse
         plgpu.commit_smem()
-        place = result.at[row, head * shapes.group + index, chunk]
-        plgpu.copy_smem_to_gmem(s.made, place)
+        place = (row, head * shapes.group + index, chunk)
+        plgpu.copy_smem_to_gmem(s.made, outputs.inverse.at[place])
+        plgpu.copy_smem_to_gmem(table, outputs.tables.at[place])
 
     plgpu.wait_smem_to_gmem(0)
 
 
-def inverse(
-    key: jax.Array, stacked: jax.Array, *, segments: bool, use_qk_l2norm: bool = False, dtype: Any = HALF
-) -> jax.Array:  # fmt: skip
-    """T of every chunk, `[z, Hv, N, 64, 64]` in `dtype`.
+def prologue(
+    key: jax.Array, gates: order.Gates, *, use_qk_l2norm: bool = False, dtype: Any = HALF
+) -> Prologue:
+    """T, in `dtype`, and the table of gates of every chunk.
 
     Args:
       key: `[z, N 64, Hk, D]`, bfloat16 or float16, D a multiple of 64 up to 256; products take it as float16.
-      stacked: `order.stacked`.
-      segments: whether segments start inside of chunks.
+      gates: `order.gates`.
       use_qk_l2norm: keys are divided by their length first; else it is at most 1.
     """
     rows, length, key_heads, key_dim = key.shape
-    value_heads, chunks = stacked.shape[1:3]
+    value_heads, chunks = gates.g.shape[1:3]
     shapes = Shapes(
         rows, chunks, key_heads, value_heads // key_heads, key_dim, key.dtype, use_qk_l2norm, dtype,
-        segments,
+        gates.segment is not None,
     )  # fmt: skip
     assert length == chunks * CHUNK
+    given = [as_half(key), *(array for array in gates if array is not None)]
 
-    def delta_rule_inverse(*references, **scratch):
-        key, stacked, result = references
-        role(shapes, key, stacked, result, _mosaic_gpu.Scratch(scratch))
+    def delta_rule_prologue(*references, **scratch):
+        inputs, outputs = Inputs(*references[: len(given)]), Prologue(*references[len(given) :])
+        role(shapes, inputs, outputs, _mosaic_gpu.Scratch(scratch))
 
-    return plgpu.kernel(
-        delta_rule_inverse,
-        out_type=jax.ShapeDtypeStruct((rows, value_heads, chunks, *SQUARE), dtype),
+    of_chunk = (rows, value_heads, chunks)
+    found = plgpu.kernel(
+        delta_rule_prologue,
+        out_type=(
+            jax.ShapeDtypeStruct((*of_chunk, *SQUARE), dtype),
+            jax.ShapeDtypeStruct((*of_chunk, shapes.table_rows, CHUNK), jnp.float32),
+        ),
         scratch_types=scratch_spec(shapes),
         grid=(key_heads, chunks, rows),
         grid_names=("heads", "chunk", "row"),
         num_threads=1,
         thread_name="warpgroup",
-        kernel_name="delta_rule_inverse",
+        kernel_name="delta_rule_prologue",
         **_mosaic_gpu.kernel_options(),
-    )(as_half(key), stacked)
+    )(*given)
+    return Prologue(*found)

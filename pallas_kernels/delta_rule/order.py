@@ -265,28 +265,21 @@ def spans(order: Order, num_sequences: int) -> jax.Array:
     return jnp.stack([first, end - first], axis=1)
 
 
-class Tables(NamedTuple):
-    """The gates of every chunk as the kernels read them, float32; meanings in `algebra.Gates`.
+class Gates(NamedTuple):
+    """What the kernels make their tables of, chunk by chunk, float32.
 
     Attributes:
-      decay_high, decay_low: `[z, Hv, N C]`, cumulative sum of g inside each chunk as two floats.
-      since_start, until_end: `[z, Hv, N C]`.
-      whole: `[z, Hv, N]`.
-      beta: `[z, Hv, N C]`.
-      segment: `[z, N C]` int32, segments started in the chunk up to the token; None where nothing is packed in place.
+      g, beta: `[z, Hv, N, C]`, zero on padding.
+      segment: `[z, N, C]`, segments started in the chunk up to the token; None where nothing is packed in place.
     """
 
-    decay_high: jax.Array
-    decay_low: jax.Array
-    since_start: jax.Array
-    until_end: jax.Array
-    whole: jax.Array
+    g: jax.Array
     beta: jax.Array
     segment: jax.Array | None
 
 
-def tables(plan: Plan, order: Order, g, beta) -> Tables:
-    """Gates of `g`, `beta` `[B, T, Hv]`, both taken as zero on padding."""
+def gates(plan: Plan, order: Order, g, beta) -> Gates:
+    """Gates of `g`, `beta` `[B, T, Hv]`, whatever they hold on padding."""
     rows = plan.batch * plan.lanes
     real = None if order.real is None else jnp.moveaxis(order.real, 0, 1).reshape(rows, -1)
 
@@ -296,39 +289,18 @@ def tables(plan: Plan, order: Order, g, beta) -> Tables:
             x = jnp.where(real[:, None], x, 0.0)
         return x.reshape(*x.shape[:2], plan.steps, plan.chunk)
 
-    g, beta = by_chunk(g), by_chunk(beta)
-    high, low = algebra.two_float_cumsum(g)
-    until_end = jnp.exp((high[..., -1:] - high) + (low[..., -1:] - low))
-    since_start = jnp.exp(high + low)
-    segment = None
-    if order.segment is not None:
-        segment = jnp.moveaxis(order.segment, 0, 1)  # [z, N, C]
-        here = segment[:, None]
-        until_end = jnp.where(here == here[..., -1:], until_end, 0.0)
-        since_start = jnp.where(here == 0, since_start, 0.0)
-        segment = segment.reshape(rows, -1)
-    flat = lambda x: x.reshape(*x.shape[:2], -1)
-    return Tables(
-        flat(high), flat(low), flat(since_start), flat(until_end), since_start[..., -1], flat(beta),
-        segment,
-    )  # fmt: skip
+    segment = order.segment
+    if segment is not None:
+        segment = jnp.moveaxis(segment, 0, 1).astype(jnp.float32)
+    return Gates(by_chunk(g), by_chunk(beta), segment)
 
 
-# Rows of `stacked`; the first four are what the inverse needs.
-HIGH, LOW, SEGMENT, BETA, UNTIL, SINCE = range(6)
-TABLE_ROWS = 6
+# Rows of the table that the kernels have of a chunk of a value head, float32 (meanings in `algebra.Gates`): cumulative
+# sum of g as two floats, beta, `until_end`, `since_start` (its last: `whole`), and where segments start inside of
+# chunks, the token's.
+HIGH, LOW, BETA, UNTIL, SINCE, SEGMENT = range(6)
 
 
-def stacked(tables: Tables) -> jax.Array:
-    """What one chunk of one head needs, side by side, `[z, Hv, N, 6, C]` float32: one copy brings it all."""
-    rows, heads, length = tables.beta.shape
-    count = tables.whole.shape[-1]
-    segment = jnp.zeros_like(tables.beta)
-    if tables.segment is not None:
-        segment += tables.segment[:, None].astype(jnp.float32)
-    table = (
-        tables.decay_high, tables.decay_low, segment, tables.beta, tables.until_end,
-        tables.since_start,
-    )  # fmt: skip
-    chunks = lambda x: x.reshape(rows, heads, count, length // count)
-    return jnp.stack([chunks(row) for row in table], axis=3)
+def table_rows(*, segments: bool) -> int:
+    """How many of these rows a table has."""
+    return SEGMENT + segments

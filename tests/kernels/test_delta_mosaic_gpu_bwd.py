@@ -3,6 +3,7 @@ recurrence and against the chunk form's algebra."""
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import GatedDeltaRuleOutput, gated_delta_rule
-from pallas_kernels.delta_rule import (
-    mosaic_gpu_bwd,
-    mosaic_gpu_prologue,
-    mosaic_gpu_tuning,
-    order,
-)
+from pallas_kernels.delta_rule import mosaic_gpu_tuning
 from pallas_kernels.delta_rule.mosaic_gpu_tuning import BackwardConfig
 from tests.support import compare, delta_cases
 from tests.support.mosaic_gpu_interpreter import interpreted
@@ -31,81 +27,40 @@ def rounded(case, dtype):
     return dataclasses.replace(case, **{name: round_to(getattr(case, name)) for name in names})
 
 
-def plan_of(case):
-    batch, length = case.value.shape[:2]
-    count = None if case.cu_seqlens is None else len(case.cu_seqlens) - 1
-    steps = order.chunk_count(length, count, 64)
-    return order.Plan(batch, length, 64, 1, steps, case.query.shape[-1] ** -0.5, False)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def gradients(use_qk_l2norm, config, operands, d_out, d_final, segment_ids, cu_seqlens):
+    """The operator's gradients in the order of `FIELDS`, with a chosen layout of the backward kernels."""
+
+    def call(query, key, value, g, beta, initial_state):
+        return gated_delta_rule(
+            query, key, value, g, beta, initial_state=initial_state, segment_ids=segment_ids,
+            cu_seqlens=cu_seqlens, use_qk_l2norm=use_qk_l2norm, implementation="mosaic_gpu",
+        )  # fmt: skip
+
+    with mock.patch.object(mosaic_gpu_tuning, "backward_config", return_value=config):
+        _, pull = jax.vjp(call, *operands)
+        return pull(GatedDeltaRuleOutput(out=d_out, final_state=d_final))
 
 
-def spans_of(case):
-    """By hand: every packed sequence begins a chunk."""
-    chunks = -(-np.diff(case.cu_seqlens) // 64)
-    first = np.cumsum(chunks) - chunks
-    return jnp.asarray(np.stack([0 * chunks, first, chunks], axis=1), jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def gradients(plan, config, dtype, arrays, segment_ids, cu_seqlens, spans):
-    """The kernels on a case's arrays, in the order of `FIELDS`."""
-    query, key, value, g, beta, initial_state, d_out, d_final = arrays
-    place = order.dense_order(plan, segment_ids)
-    if cu_seqlens is not None:
-        place = order.packed_order(plan, cu_seqlens)
-    rows = lambda x: order.to_rows(plan, place, x)
-    tables = order.tables(plan, place, g, beta)
-    narrow = lambda x: rows(x).astype(dtype)
-    stacked = order.stacked(tables)
-    inverse = mosaic_gpu_prologue.inverse(
-        narrow(key), stacked, segments=tables.segment is not None, dtype=dtype
-    )
-    options = {
-        "config": config, "scale": plan.scale, "tables": tables, "d_final": d_final, "inverse": inverse,
-    }  # fmt: skip
-    found = mosaic_gpu_bwd.backward(
-        narrow(query), narrow(key), narrow(value), start_state=initial_state, d_out=narrow(d_out),
-        spans=spans, **options,
-    )  # fmt: skip
-    back = lambda x: order.from_rows(plan, place, x)
-    both = (back(found.g.swapaxes(1, 2)), back(found.beta.swapaxes(1, 2)))
-    return (back(found.query), back(found.key), back(found.value), *both, found.state)
-
-
-def run(case, dtype=jnp.bfloat16, config=DEFAULT):
-    per_token = [*case.operands[:5], case.d_out]
-    real = None
-    if case.segment_ids is not None:  # the kernels expect zeros on padding
-        real = case.segment_ids >= 0
-        per_token = [x * real.reshape(real.shape + (1,) * (x.ndim - 2)) for x in per_token]
-    *operands, d_out = per_token
-    arrays = (*operands, case.initial_state, d_out, case.d_final)
-    arrays = tuple(jnp.asarray(x, jnp.float32) for x in arrays)
+def run(case, dtype=jnp.bfloat16, config=DEFAULT, *, use_qk_l2norm=False):
+    half = lambda x: jnp.asarray(x, jnp.float32).astype(dtype)
+    single = lambda x: jnp.asarray(x, jnp.float32)
     whole = lambda x: None if x is None else jnp.asarray(x, jnp.int32)
-    spans = None if case.cu_seqlens is None else spans_of(case)
+    operands = (*map(half, case.operands[:3]), *map(single, case.operands[3:]))
+    rest = (half(case.d_out), single(case.d_final), whole(case.segment_ids), whole(case.cu_seqlens))
+    if config is not DEFAULT:  # not part of what the operator's own programs are cached by
+        jax.clear_caches()
     with interpreted():
-        found = jax.block_until_ready(
-            gradients(
-                plan_of(case),
-                config,
-                dtype,
-                arrays,
-                whole(case.segment_ids),
-                whole(case.cu_seqlens),
-                spans,
-            )
-        )
-    if real is None:
-        return found
-    return tuple(
-        x if x is found[-1] else np.asarray(x) * real.reshape(real.shape + (1,) * (x.ndim - 2))
-        for x in found
-    )
+        found = jax.block_until_ready(gradients(use_qk_l2norm, config, operands, *rest))
+    if config is not DEFAULT:
+        jax.clear_caches()
+    return found
 
 
-def check(case, dtype=jnp.bfloat16, config=DEFAULT):
+def check(case, dtype=jnp.bfloat16, config=DEFAULT, *, use_qk_l2norm=False):
     case = rounded(case, dtype)
-    found = run(case, dtype, config)
-    _, _, truth = delta_cases.recurrence(case)
+    found = run(case, dtype, config, use_qk_l2norm=use_qk_l2norm)
+    truth = recurrence_of_any_length(case) if use_qk_l2norm else delta_cases.recurrence(case)[2]
     limits = compare.DELTA_RULE_TOLERANCES[jnp.dtype(dtype).name]
     errors = {
         name: compare.relative_error(actual, truth[name])
@@ -116,21 +71,51 @@ def check(case, dtype=jnp.bfloat16, config=DEFAULT):
     assert not wrong, wrong
 
 
+def recurrence_of_any_length(case):
+    """Gradients where queries and keys are divided by their lengths first, by hand; zero rows have none."""
+    names = ("query", "key")
+    inverse = {n: 1 / np.sqrt((getattr(case, n) ** 2).sum(-1, keepdims=True) + 1e-6) for n in names}
+    unit = {name: getattr(case, name) * inverse[name] for name in names}
+    truth = delta_cases.recurrence(dataclasses.replace(case, **unit))[2]
+    for name in names:
+        along = (unit[name] * truth[name]).sum(-1, keepdims=True)
+        pulled = inverse[name] * (truth[name] - unit[name] * along)
+        truth[name] = np.where(getattr(case, name).any(-1, keepdims=True), pulled, 0)
+    return truth
+
+
+def sizes_of(seed, shape):
+    """Of tokens, from 1/20 to 20, with zeros."""
+    sizes = np.exp(np.random.default_rng(seed).uniform(-3, 3, shape))[..., None]
+    sizes[:, 5:8] = 0.0
+    return sizes
+
+
 @pytest.mark.parametrize(
-    "batch, length, heads, key_dim, value_dim, dtype",
+    "batch, length, heads, key_dim, value_dim, dtype, use_qk_l2norm",
     [
-        (1, 192, (1, 2), 128, 128, jnp.bfloat16),
-        (2, 100, (2, 2), 64, 64, jnp.float16),
-        (1, 65, (1, 3), 64, 128, jnp.bfloat16),
-        (1, 130, (2, 4), 128, 64, jnp.float16),
+        (1, 192, (1, 2), 128, 128, jnp.bfloat16, True),
+        (2, 100, (2, 2), 64, 64, jnp.float16, False),
+        (1, 65, (1, 3), 64, 128, jnp.bfloat16, False),
+        (1, 130, (2, 4), 128, 64, jnp.float16, True),
     ],
 )
-def test_against_the_recurrence(batch, length, heads, key_dim, value_dim, dtype):
-    key_heads, value_heads = heads
-    check(
-        delta_cases.random_case(length, batch, length, key_heads, value_heads, key_dim, value_dim),
-        dtype,
-    )
+def test_against_the_recurrence(batch, length, heads, key_dim, value_dim, dtype, use_qk_l2norm):
+    case = delta_cases.random_case(length, batch, length, *heads, key_dim, value_dim)
+    if use_qk_l2norm:
+        sizes = [sizes_of(length + i, case.key.shape[:3]) for i in range(2)]
+        case = dataclasses.replace(case, query=case.query * sizes[0], key=case.key * sizes[1])
+    check(case, dtype, use_qk_l2norm=use_qk_l2norm)
+
+
+@pytest.mark.parametrize("values, cotangents", [(1.0, 1.0), (1e4, 1e-6), (1e-6, 1e4)])
+def test_operands_of_any_size(values, cotangents):
+    """Half precision inside neither overflows nor vanishes; queries differ in size from token to token."""
+    case = delta_cases.random_case(15, 1, 65, 1, 3, 64, 128)
+    query = values * case.query * sizes_of(15, case.query.shape[:3])
+    held = {name: values * getattr(case, name) for name in ("value", "initial_state")}
+    pulled = {"d_out": cotangents * case.d_out, "d_final": cotangents * values * case.d_final}
+    check(dataclasses.replace(case, query=query, **held, **pulled))
 
 
 def test_against_the_algebra():

@@ -198,11 +198,10 @@ def inverses(case, dtype):
     plan = orders.Plan(1, 64, 64, 1, 1, 1.0, False)
     key = jnp.asarray(case.key, jnp.float16)
     g, beta = (jnp.asarray(x, jnp.float32) for x in (case.g, case.beta))
-    tables = orders.tables(plan, orders.Order(), g, beta)
-    stacked = orders.stacked(tables)
-    run = jax.jit(lambda *x: mosaic_gpu_prologue.inverse(*x, segments=False, dtype=dtype))
+    gates = orders.gates(plan, orders.Order(), g, beta)
+    run = jax.jit(lambda *x: mosaic_gpu_prologue.prologue(*x, dtype=dtype).inverse)
     with interpreted():
-        found = np.asarray(jax.block_until_ready(run(key, stacked)), np.float64)[0, :, 0]
+        found = np.asarray(jax.block_until_ready(run(key, gates)), np.float64)[0, :, 0]
     key = np.asarray(key, np.float64)[0, :, 0]
     total = np.moveaxis(np.cumsum(case.g[0], axis=0), 1, 0)
     decay = np.exp(np.minimum(total[:, :, None] - total[:, None], 0))
@@ -263,15 +262,16 @@ def test_outputs_are_written_everywhere():
     plan = orders.Plan(1, 190, 64, 1, 3, 1.0, False)
     half = lambda x: orders.to_rows(plan, orders.Order(), jnp.asarray(x, jnp.float16))
     g, beta = (jnp.asarray(x, jnp.float32) for x in (case.g, case.beta))
-    tables = orders.tables(plan, orders.Order(), g, beta)
-    stacked = orders.stacked(tables)
+    gates = orders.gates(plan, orders.Order(), g, beta)
 
     def run(query, key, value, start):
-        inverse = mosaic_gpu_prologue.inverse(key, stacked, segments=False)
+        inverse, tables = mosaic_gpu_prologue.prologue(key, gates)
         config = mosaic_gpu_tuning.forward_config(width=64, heads=1)
         options = {"config": config, "scale": 1.0, "segments": False}
-        return inverse, *mosaic_gpu_fwd.forward(
-            query, key, value, stacked, inverse, start, **options
+        return (
+            inverse,
+            tables,
+            *mosaic_gpu_fwd.forward(query, key, value, tables, inverse, start, **options),
         )
 
     operands = (half(case.query), half(case.key), half(case.value))

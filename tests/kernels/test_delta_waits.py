@@ -32,7 +32,7 @@ def operand(seed: int, *shape: int, scale: float = 0.125):
 def forward(*, output: bool) -> None:
     """One head of `forward`, or of `final_state`."""
     tokens = operand(0, 1, CHUNKS * CHUNK, 1, 64)
-    stacked = jnp.zeros((1, 1, CHUNKS, order.TABLE_ROWS, CHUNK), jnp.float32)
+    tables = jnp.zeros((1, 1, CHUNKS, order.table_rows(segments=False), CHUNK), jnp.float32)
     inverse = operand(1, 1, 1, CHUNKS, CHUNK, CHUNK, scale=1.0)
     start = jnp.zeros((1, 1, 64, 64), jnp.float32)
     options = {"config": ForwardConfig(), "use_qk_l2norm": True}
@@ -42,22 +42,21 @@ def forward(*, output: bool) -> None:
             return mosaic_gpu_fwd.forward(x, x, x, *rest, scale=0.125, segments=False, **options)
         return mosaic_gpu_fwd.final_state(x, x, *rest, **options)
 
-    jax.block_until_ready(jax.jit(call)(tokens, stacked, inverse, start))
+    jax.block_until_ready(jax.jit(call)(tokens, tables, inverse, start))
 
 
-def inverse() -> None:
+def prologue() -> None:
     """One chunk of a key head that three value heads share: the tile of the result is used again."""
     key = operand(0, 1, CHUNK, 1, 64)
-    stacked = jnp.zeros((1, 3, 1, order.TABLE_ROWS, CHUNK), jnp.float32)
-    options = {"segments": False, "use_qk_l2norm": True}
-    call = lambda *arrays: mosaic_gpu_prologue.inverse(*arrays, **options)
-    jax.block_until_ready(jax.jit(call)(key, stacked))
+    gate, segment = jnp.zeros((1, 3, 1, CHUNK)), jnp.zeros((1, 1, CHUNK))
+    call = lambda *arrays: mosaic_gpu_prologue.prologue(*arrays, use_qk_l2norm=True)
+    jax.block_until_ready(jax.jit(call)(key, order.Gates(gate, gate, segment)))
 
 
 def shapes(chunks: int, value_heads: int, value_dim: int) -> mosaic_gpu_chains.Shapes:
     return mosaic_gpu_chains.Shapes(
-        1, chunks, 1, value_heads, 64, value_dim, jnp.float16, 0.125, False, BackwardConfig()
-    )
+        1, chunks, 1, value_heads, 64, value_dim, jnp.float16, jnp.float16, True, 0.125, False, BackwardConfig(),
+    )  # fmt: skip
 
 
 def chain(*, backwards: bool) -> None:
@@ -68,9 +67,10 @@ def chain(*, backwards: bool) -> None:
         "key": tokens,
         "tokens": tokens,
         "inverse": operand(1, 1, 1, CHUNKS, CHUNK, CHUNK),
-        "tables": jnp.ones((1, 1, CHUNKS, mosaic_gpu_chains.TABLE_ROWS, CHUNK), jnp.float32),
+        "tables": jnp.ones((1, 1, CHUNKS, order.table_rows(segments=False), CHUNK), jnp.float32),
         "edge": jnp.zeros((1, 1, 64, 64), jnp.float32),
         "spans": jnp.asarray([[0, 0, CHUNKS]], jnp.int32),
+        "units": jnp.ones((3, 1, 1)),
     }
     call = functools.partial(mosaic_gpu_chains.run_chain, shapes(CHUNKS, 1, 64), "chain")
     jax.block_until_ready(jax.jit(call)(arrays))
@@ -86,7 +86,8 @@ def gradients() -> None:
         "value": value,
         "d_out": value,
         "inverse": operand(3, 1, 2, 1, CHUNK, CHUNK),
-        "tables": jnp.ones((1, 2, 1, mosaic_gpu_chains.TABLE_ROWS, CHUNK), jnp.float32),
+        "tables": jnp.ones((1, 2, 1, order.table_rows(segments=False), CHUNK), jnp.float32),
+        "units": jnp.ones((3, 1, 2)),
         "states": states,
         "d_states": states,
     }
@@ -94,7 +95,7 @@ def gradients() -> None:
     jax.block_until_ready(jax.jit(call)(arrays))
 
 
-FORWARD, INVERSE, CHAIN, GRADIENTS = (
+FORWARD, PROLOGUE, CHAIN, GRADIENTS = (
     waits(module)
     for module in (mosaic_gpu_fwd, mosaic_gpu_prologue, mosaic_gpu_chains, mosaic_gpu_gradients)
 )
@@ -109,7 +110,10 @@ IMPLIED = {
     FORWARD[
         -1
     ]: "every copy's tile has been waited for, and device memory is complete when the kernel is",
-    found(INVERSE, "role", "commit_smem")[1]: ONE_THREAD,
+    found(PROLOGUE, "role", "commit_smem")[1]: ONE_THREAD,
+    # Sums before they are added to each other's, and before the last is read.
+    found(PROLOGUE, "summed", "commit_smem")[0]: ONE_THREAD,
+    found(PROLOGUE, "complete", "commit_smem")[0]: ONE_THREAD,
     # Positions before they are read.
     found(FORWARD, "ahead_role", "commit_smem")[0]: ONE_THREAD,
     # The largest value of each token before they are compared.
@@ -117,8 +121,10 @@ IMPLIED = {
     found(FORWARD, "chain_role", "barrier_wait")[
         0
     ]: "whoever made X has waited for the chunk's tiles; the chain asks again, not to rest on what follows from what",
-    # Positions before they are read; R before dN takes its tile; P before the scores' cotangent takes its tile.
-    found(GRADIENTS, "gradient_role", "commit_smem")[0]: ONE_THREAD,
+    found(CHAIN, "chain_role", "barrier_wait")[
+        0
+    ]: "whoever prepared the chunk has waited for its tiles; the chain asks again, as the forward's does",
+    # R before dN takes its tile; P before the scores' cotangent takes its tile.
     found(GRADIENTS, "write_gradients", "commit_smem")[1]: ONE_THREAD,
     found(GRADIENTS, "read_gradients", "commit_smem")[0]: ONE_THREAD,
     # One thread arrives for the four warps.
@@ -127,16 +133,14 @@ IMPLIED = {
 }
 # The slot of a chunk is free again at another place where no output is wanted.
 WITHOUT_OUTPUT = found(FORWARD, "chain_role", "commit_smem")[1:]
-# Only the backward chain has a query, and P.
-BACKWARDS = found(CHAIN, "retreated", "barrier_wait") + [
-    site for site in CHAIN if site.function == "feeding_role" and "free" not in site.call
-]
+# Only the backward chain makes P.
+BACKWARDS = found(CHAIN, "feeding_role", "commit_smem")
 
 
 def runs(site: Site) -> dict[str, Callable[[], None]]:
     """The kernels to which a wait belongs."""
-    if site in INVERSE:
-        return {"inverse": inverse}
+    if site in PROLOGUE:
+        return {"prologue": prologue}
     if site in FORWARD:
         return {"forward": functools.partial(forward, output=site not in WITHOUT_OUTPUT)}
     if site in GRADIENTS:
@@ -148,7 +152,7 @@ def runs(site: Site) -> dict[str, Callable[[], None]]:
 
 
 def cases(*, implied: bool):
-    for site in FORWARD + INVERSE + CHAIN + GRADIENTS:
+    for site in FORWARD + PROLOGUE + CHAIN + GRADIENTS:
         if (site in IMPLIED) != implied:
             continue
         often = site.name == "wait_smem_to_gmem" and not implied
@@ -158,13 +162,13 @@ def cases(*, implied: bool):
 
 
 def test_waits_are_found():
-    assert len([site for site in FORWARD + INVERSE if site not in IMPLIED]) >= 15
+    assert len([site for site in FORWARD + PROLOGUE if site not in IMPLIED]) >= 15
     assert len([site for site in CHAIN + GRADIENTS if site not in IMPLIED]) >= 20
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("call", [
-    inverse, functools.partial(forward, output=True), functools.partial(forward, output=False),
+    prologue, functools.partial(forward, output=True), functools.partial(forward, output=False),
     functools.partial(chain, backwards=False), functools.partial(chain, backwards=True), gradients,
 ])  # fmt: skip
 def test_nothing_is_wrong_with_all_of_them(call):
