@@ -113,11 +113,13 @@ SIBLINGS = {  # inside one operator: file -> siblings it may import
     "mosaic_gpu_tile": {"tuning"},
     "mosaic_gpu_chains": {"order", "mosaic_gpu_chunk", "mosaic_gpu_tuning"},
     "mosaic_gpu_factors": {"mosaic_gpu_chains", "mosaic_gpu_chunk"},
+    "mosaic_gpu_owner": {"mosaic_gpu_chains", "mosaic_gpu_chunk"},
     "mosaic_gpu_gradients": {
         "order",
         "mosaic_gpu_chains",
         "mosaic_gpu_chunk",
         "mosaic_gpu_factors",
+        "mosaic_gpu_owner",
     },
     "mosaic_gpu_mask": set(),
     "mosaic_gpu_tuning": set(),

@@ -8,9 +8,9 @@ Everything comes as the caller gave it and leaves as he gets it (`mosaic_gpu_fac
 where they lie, once per block, so does dO for every value head, and V, which no product reads, only in registers.
 
 Shared memory at Dk = Dv = 128: 217 KiB. There dq and dk hold 128 registers of each thread, and every product needs most
-of the others. What the compiler can derive from a thread's number (addresses, descriptors, masks) it would make once,
-ahead of the loop, and spill: 472 bytes. So each use of a tile begins with a number read from shared memory, which is
-always 0 but might be anything: nothing is spilled, and the code is shorter by 6 %.
+of the others: `mosaic_gpu_owner` says how nothing is spilled. A warpgroup fetches the next value head itself when it is
+done with this one, whose tiles it would need: one more warpgroup for that would leave 168 registers to each of three
+where `setmaxnreg` is ignored (JAX 0.12), and 1792 bytes would be spilled.
 """
 
 from typing import Any, NamedTuple
@@ -35,7 +35,6 @@ from pallas_kernels.delta_rule.mosaic_gpu_chunk import (
     CHUNK,
     HALF,
     MATRIX,
-    PER_COLUMN,
     PER_ROW,
     SQUARE,
     as_half,
@@ -43,11 +42,10 @@ from pallas_kernels.delta_rule.mosaic_gpu_chunk import (
     product,
     wide,
 )  # fmt: skip
+from pallas_kernels.delta_rule.mosaic_gpu_owner import COLUMN, ROW, Owner, Place, locate
 
 # Rows of `sums`, what comes out per token.
 D_BETA, D_GATE, AT_READER, AT_WRITER, INNER = range(5)
-# Rows of `positions`, both 0, 1, ..., 63: of one array the compiler would ask for one layout.
-ROW, COLUMN = range(2)
 
 
 class Chunk(NamedTuple):
@@ -94,73 +92,29 @@ def gradient_scratch(shapes: Shapes) -> dict[str, Any]:
         "positions": plgpu.SMEM((owners, 2, CHUNK), jnp.int32),
         "keys_ready": plgpu.Barrier(num_arrivals=2),
         "ready": plgpu.Barrier(num_arrivals=6, num_barriers=owners),
-        "free": plgpu.Barrier(num_barriers=owners),
         "met": plgpu.Barrier(num_arrivals=owners),
     }
 
 
-class Owner:
-    """The tiles of one warpgroup, by name; every use reads the 0 that their places depend on."""
-
-    def __init__(self, s, wg):
-        self._scratch, self._wg = s, wg
-
-    def __getattr__(self, name: str) -> Any:
-        zero = self._scratch.positions[self._wg, ROW, 0]
-        shared = name in ("queries", "keys", "factors")
-        return getattr(self._scratch, name).at[zero if shared else self._wg + zero]
-
-    def places(self):
-        """Row and column of every entry, read too: masks would otherwise be kept from product to product."""
-        positions = self.positions
-        row = plgpu.load(positions.at[ROW], layout=PER_ROW)
-        column = plgpu.load(positions.at[COLUMN], layout=PER_COLUMN)
-        row, column = (
-            lax.broadcast_in_dim(row, SQUARE, [0]),
-            lax.broadcast_in_dim(column, SQUARE, [1]),
-        )
-        return plgpu.layout_cast(row, MATRIX), plgpu.layout_cast(column, MATRIX)
+def fetch_keys(chunk: Chunk, s, place: Place) -> None:
+    """Brings the queries and keys of the chunk."""
+    plgpu.copy_gmem_to_smem(chunk.query.at[place.of_key], s.queries.at[0], s.keys_ready)
+    plgpu.copy_gmem_to_smem(chunk.key.at[place.of_key], s.keys.at[0], s.keys_ready)
 
 
-def locate():
-    """Row, chunk and key head. Each role asks: known to both, it would be spilled before they have their registers."""
-    return tuple(lax.axis_index(name) for name in ("row", "chunk", "heads"))
-
-
-def gradient_memory_role(shapes: Shapes, chunk: Chunk, s) -> None:
-    """Brings queries and keys, then every value head, to each warpgroup when it is done with the one before."""
-    if shapes.owners > 1:
-        plgpu.set_max_registers(shapes.config.memory_registers, action="decrease")
-    row, index, key_head = locate()
-    tokens = pl.ds(index * CHUNK, CHUNK)
-    of_key = (row, tokens, key_head)
-    plgpu.copy_gmem_to_smem(chunk.query.at[of_key], s.queries.at[0], s.keys_ready)
-    plgpu.copy_gmem_to_smem(chunk.key.at[of_key], s.keys.at[0], s.keys_ready)
-
-    @pl.loop(0, shapes.group)
-    def _(member):
-        head = key_head * shapes.group + member
-        for owner in range(shapes.owners):
-            ready, columns = s.ready.at[owner], pl.ds(owner * COLUMNS, COLUMNS)
-
-            @pl.when(member >= 1)
-            def _(owner=owner):
-                plgpu.barrier_wait(s.free.at[owner])
-
-            of_value, of_chunk = (row, tokens, head, columns), (row, head, index)
-            for array, target, place in (
-                (chunk.states, s.states, (*of_chunk, columns)),
-                (chunk.value, s.values, of_value),
-                (chunk.inverse, s.inverse, of_chunk),
-                (chunk.tables, s.tables, of_chunk),
-                (chunk.d_states, s.d_states, (*of_chunk, columns)),
-                (chunk.d_out, s.d_outs, of_value),
-            ):
-                plgpu.copy_gmem_to_smem(array.at[place], target.at[owner], ready)
-
-    if _mosaic_gpu.interpreting():
-        for owner in range(shapes.owners):
-            plgpu.barrier_wait(s.free.at[owner])
+def fetch_head(shapes: Shapes, chunk: Chunk, s, place: Place, member) -> None:
+    """Brings what a warpgroup needs of a value head."""
+    head, wg = place.key_head * shapes.group + member, place.wg
+    of_value, of_chunk = place.of_value(head), (place.row, head, place.index)
+    for array, target, box in (
+        (chunk.states, s.states, (*of_chunk, of_value[-1])),
+        (chunk.value, s.values, of_value),
+        (chunk.inverse, s.inverse, of_chunk),
+        (chunk.tables, s.tables, of_chunk),
+        (chunk.d_states, s.d_states, (*of_chunk, of_value[-1])),
+        (chunk.d_out, s.d_outs, of_value),
+    ):
+        plgpu.copy_gmem_to_smem(array.at[box], target.at[wg], s.ready.at[wg])
 
 
 def head_gradients(shapes: Shapes, own: Owner, d_query, d_key, store) -> None:
@@ -296,13 +250,14 @@ def corner_sum(own: Owner):
 
 def gradient_role(shapes: Shapes, chunk: Chunk, s, wg) -> None:
     """Every value head of the key head in turn, then dq and dk; of two warpgroups one has the queries, one the keys."""
-    if shapes.owners > 1:
-        plgpu.set_max_registers(shapes.config.gradient_registers, action="increase")
-    row, index, key_head = locate()
+    first = locate(wg)
+    pl.when(wg == 0)(lambda: fetch_keys(chunk, s, first))
+    fetch_head(shapes, chunk, s, first, 0)
     for axis in (ROW, COLUMN):
         place = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=PER_ROW)
         s.positions.at[wg, axis][...] = place
-    held, pulled, asked = (chunk.units[kind, row, key_head * shapes.group] for kind in UNITS)
+    unit = (first.row, first.key_head * shapes.group)
+    held, pulled, asked = (chunk.units[kind, *unit] for kind in UNITS)
     plgpu.barrier_wait(s.keys_ready)
     pl.when(wg == 0)(lambda: factors.prepare_queries(shapes, s, held, pulled, asked))
     pl.when(wg == shapes.owners - 1)(lambda: factors.prepare_keys(shapes, s, held, pulled))
@@ -310,22 +265,27 @@ def gradient_role(shapes: Shapes, chunk: Chunk, s, wg) -> None:
     if shapes.owners > 1:
         plgpu.barrier_arrive(s.met)
         plgpu.barrier_wait(s.met)
-    tokens, columns = pl.ds(index * CHUNK, CHUNK), pl.ds(wg * COLUMNS, COLUMNS)
 
     def accumulate(d_query, d_key):
         def body(member, _):
-            own, head = Owner(s, wg), key_head * shapes.group + member
+            own = Owner(s, wg)
             plgpu.barrier_wait(s.ready.at[wg])
 
             def store(tile):
-                plgpu.copy_smem_to_gmem(tile, chunk.d_value.at[row, tokens, head, columns])
+                place = own.locate()
+                box = place.of_value(place.key_head * shapes.group + member)
+                plgpu.copy_smem_to_gmem(tile, chunk.d_value.at[box])
 
             head_gradients(shapes, own, d_query, d_key, store)
             # Its last product has been waited for, all before with it; behind this every warp is done.
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(own.sums, chunk.sums.at[row, head, index, wg])
+            place, following = own.locate(), member + 1
+            head = place.key_head * shapes.group + member
+            sums = chunk.sums.at[place.row, head, place.index, place.wg]
+            plgpu.copy_smem_to_gmem(own.sums, sums)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(s.free.at[wg])
+            fetch = lambda: fetch_head(shapes, chunk, s, own.locate(), following)
+            pl.when(following < shapes.group)(fetch)
 
         lax.fori_loop(0, shapes.group, body, None)
         return d_query[...], d_key[...]
@@ -337,7 +297,7 @@ def gradient_role(shapes: Shapes, chunk: Chunk, s, wg) -> None:
         own = Owner(s, wg)
         factors.finish(shapes, own, name, factor, gradient)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(getattr(own, name), target.at[row, tokens, key_head])
+        plgpu.copy_smem_to_gmem(getattr(own, name), target.at[own.locate().of_key])
         # Shared memory is the block's only as long as it runs.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -379,9 +339,7 @@ def run_gradients(shapes: Shapes, arrays: dict[str, jax.Array]):
 
     def kernel(*refs, **scratch):
         chunk, s = Chunk(*refs), _mosaic_gpu.Scratch(scratch)
-        wg = lax.axis_index("warpgroup")
-        pl.when(wg < shapes.owners)(lambda: gradient_role(shapes, chunk, s, wg))
-        pl.when(wg == shapes.owners)(lambda: gradient_memory_role(shapes, chunk, s))
+        gradient_role(shapes, chunk, s, lax.axis_index("warpgroup"))
 
     d_query, d_key, *rest = plgpu.kernel(
         kernel,
@@ -389,7 +347,7 @@ def run_gradients(shapes: Shapes, arrays: dict[str, jax.Array]):
         scratch_types=gradient_scratch(shapes),
         grid=(shapes.key_heads, shapes.chunks, shapes.rows),
         grid_names=("heads", "chunk", "row"),
-        num_threads=shapes.owners + 1,
+        num_threads=shapes.owners,
         thread_name="warpgroup",
         kernel_name="delta_rule_gradients",
         **_mosaic_gpu.kernel_options(),

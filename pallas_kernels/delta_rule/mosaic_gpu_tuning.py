@@ -62,7 +62,6 @@ class BackwardConfig:
       chain_owners: warpgroups of a block of the two chains, 64 value channels each: 1 spreads a head over more blocks.
       stages: chunks in flight in the chains.
       chain_registers, feeding_registers: per thread of the roles of a chain with two owners, after `setmaxnreg`.
-      gradient_registers, memory_registers: the same of `gradients` with two warpgroups of value channels.
     """
 
     chain_owners: int = 2
@@ -71,9 +70,6 @@ class BackwardConfig:
     # Of 504 for three warpgroups: eight fewer spill 8 bytes of the chain, eight more 4 to 48 of its feeder.
     chain_registers: int = 208
     feeding_registers: int = 88
-    # dq and dk hold 128; who only feeds needs the fewest there are.
-    gradient_registers: int = 240
-    memory_registers: int = 24
 
 
 def backward_config(*, heads: int) -> BackwardConfig:
