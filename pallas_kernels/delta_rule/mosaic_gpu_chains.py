@@ -8,7 +8,8 @@ walks backwards and writes the cotangent of the state at the end of each, and of
 
 A warpgroup owns 64 value columns of one head and needs nobody else. It keeps its state transposed, `[64, Dk]`, in
 float32 registers, so that the left operands of the three dependent products of a chunk come from registers too. A last
-warpgroup feeds chunks by TMA and, going backwards, makes P = scale Gamma Q K^T one chunk ahead.
+warpgroup feeds chunks by TMA. One chunk ahead it makes keys, going backwards queries and dO too, float16 where they lie
+(V, which no product reads, becomes that in the chain's registers), and P = scale Gamma Q K^T.
 
 Units, precision: as in `mosaic_gpu_bwd`. Layout: `Chain`; states are written as `[z, Hv, N, Dv, Dk]` in 16 bits.
 Shared memory at Dk = Dv = 128, 3 chunks in flight: 157 KiB forwards, 221 KiB backwards.

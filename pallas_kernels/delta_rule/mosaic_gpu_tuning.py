@@ -67,7 +67,7 @@ class BackwardConfig:
     chain_owners: int = 2
     # Three tiles of everything fill 221 KiB of the reverse chain.
     stages: int = 3
-    # Of 504 for three warpgroups: eight fewer spill 8 bytes of the chain, eight more 4 to 48 of its feeder.
+    # Of 504 for three warpgroups: eight fewer spill 8 bytes of the chain, eight more 28 to 76 of its feeder.
     chain_registers: int = 208
     feeding_registers: int = 88
 
