@@ -85,7 +85,8 @@ SHAPES = (
 )
 
 
-def _backward(shape: DeltaBackwardShape) -> Case:
+def backward_case(shape: DeltaBackwardShape) -> Case:
+    """The three kernels of the backward."""
     arrays = shape.arrays()
 
     def build() -> Program:
@@ -115,4 +116,4 @@ def _backward(shape: DeltaBackwardShape) -> Case:
 
 def cases() -> list[Case]:
     """Every registered case."""
-    return [_backward(shape) for shape in SHAPES]
+    return [backward_case(shape) for shape in SHAPES]

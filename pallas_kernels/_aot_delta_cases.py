@@ -98,11 +98,14 @@ def _prologue(shape: DeltaShape) -> Case:
     return Case(f"gated_delta_rule/prologue/{shape.label}", build, flops, moved, (count,))
 
 
-def _forward(shape: DeltaShape) -> Case:
+def forward_case(shape: DeltaShape, config: mosaic_gpu_tuning.ForwardConfig | None = None) -> Case:
+    """The chain with outputs."""
+    config = config or shape.config()
+
     def build() -> Program:
         def delta_rule_forward(*arrays):
             return mosaic_gpu_fwd.forward(
-                *arrays, config=shape.config(), scale=shape.dim**-0.5, segments=shape.segments,
+                *arrays, config=config, scale=shape.dim**-0.5, segments=shape.segments,
                 use_qk_l2norm=shape.use_qk_l2norm,
             )  # fmt: skip
 
@@ -142,5 +145,5 @@ def _transition(shape: DeltaShape) -> Case:
 
 def cases() -> list[Case]:
     """Every registered case."""
-    chain = [make(shape) for make in (_prologue, _forward) for shape in SHAPES]
+    chain = [make(shape) for make in (_prologue, forward_case) for shape in SHAPES]
     return [*chain, _transition(DeltaShape("8x4k", rows=8, chunks=64, value_heads=16))]

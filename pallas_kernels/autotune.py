@@ -1,11 +1,12 @@
-"""Times the tile sizes of the attention kernels on this GPU, and keeps the fastest.
+"""Times the tile sizes of the Hopper kernels on this GPU, and keeps the fastest.
 
     python -m pallas_kernels.autotune tuned.json                                 # on an H100 or H200
     python -m pallas_kernels.autotune tuned.json --head-dim 128 --length 4096 --direction forward
+    python -m pallas_kernels.autotune delta.json --operator gated_delta_rule --heads 32
     python -m pallas_kernels.autotune facts.json --by-machine-code --target h200  # without a GPU: no times
 
-One entry serves a bucket of lengths (`mosaic_gpu_tuning.LENGTHS`), so a new length needs no tuning. Nothing reads the
-file unless asked:
+One entry serves a bucket of lengths (`attention.mosaic_gpu_tuning.LENGTHS`), for the delta rule of heads
+(`delta_rule.mosaic_gpu_tuning.HEADS`), so a new length needs no tuning. Nothing reads the file unless asked:
 
     >>> from pallas_kernels import autotune
     >>> autotune.load("tuned.json")                                              # doctest: +SKIP
@@ -13,6 +14,9 @@ file unless asked:
 which, from then on, gives calls traced in this process their configuration. A file made with `--by-machine-code` ranks
 by spilled bytes and slow instructions, which decide between good and bad but not between good and better: `load`
 refuses it.
+
+What is an operator's own (what is tried on which operands, under which keys, what is valid) stands in
+`_autotune_attention` and `_autotune_delta`; this file times, ranks, saves and loads.
 """
 
 import argparse
@@ -22,94 +26,78 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import _aot_cases, _dispatch, aot
-from pallas_kernels.attention import mosaic_gpu_tuning as tuning
+from pallas_kernels import _autotune_attention, _autotune_delta, _dispatch, aot
+from pallas_kernels._aot_cases import Case
 
 FORMAT = 1
 TIMED, COMPILED = "time", "machine code"
-# Query heads and their groups as models have them, and enough tokens for every SM to have work.
-HEADS = {64: (32, 32), 96: (32, 8), 128: (32, 8), 256: (16, 2)}
-TOKENS = 16384
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One entry to tune: what a bucket's problems have in common, and the length at which it is measured."""
-
-    direction: str
-    head_dim: int
-    length: int
-    is_causal: bool
+class Cell(Protocol):
+    """One entry to tune. Configurations are frozen dataclasses of plain numbers."""
 
     @property
     def key(self) -> str:
-        return tuning.bucket(
-            self.direction, head_dim=self.head_dim, q_len=self.length, is_causal=self.is_causal
-        )
+        """Under which it is kept."""
+        ...
+
+    def candidates(self) -> list[Any]:
+        """What is tried, the default first."""
+        ...
+
+    def case(self, config: Any) -> Case:
+        """The program with that configuration."""
+        ...
+
+    def inputs(self) -> tuple[Any, ...]:
+        """Operands of the program, whatever the configuration."""
+        ...
+
+
+class Operator(Protocol):
+    """What the tool asks of an operator."""
 
     @property
-    def shape(self) -> _aot_cases.AttentionShape:
-        heads, kv_heads = HEADS[self.head_dim]
-        return _aot_cases.AttentionShape(
-            self.key,
-            batch=max(1, TOKENS // self.length),
-            length=self.length,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=self.head_dim,
-            is_causal=self.is_causal,
-        )
+    def OPTIONS(self) -> Mapping[str, Sequence[Any] | None]:
+        """Options of the command line that apply, with the values there are; None for any number from 1."""
+        ...
 
-    def default(self) -> tuning.Config:
-        """What runs now."""
-        if self.direction == "forward":
-            return self.shape.forward_config()
-        return tuning.backward_config(
-            head_dim=self.head_dim, atomic=self.direction == "backward_atomic"
-        )
+    def asked(self, options: Mapping[str, Sequence[Any]], /, *, timed: bool) -> Sequence[Cell]:
+        """The cells of the options given, to be timed or only compiled; ValueError where one does not apply."""
+        ...
 
-    def candidates(self) -> list[tuning.Config]:
-        """What is tried, the default first."""
-        default = self.default()
-        found: list[tuning.Config]
-        if isinstance(default, tuning.ForwardConfig):
-            found = [*tuning.forward_candidates(head_dim=self.head_dim, pack=default.pack)]
-        else:
-            found = [*tuning.backward_candidates(head_dim=self.head_dim, atomic=default.atomic)]
-        return [default, *(c for c in found if c != default)]
+    def kinds(self) -> dict[str, type]:
+        """Every key there is -> its kind of configuration."""
+        ...
 
-    def case(self, config: tuning.Config) -> _aot_cases.Case:
-        return _aot_cases.DIRECTIONS[self.direction](self.shape, config)
+    def refusal(self, key: str, config: Any, /) -> str | None:
+        """Why the kernels cannot be configured so, or None."""
+        ...
+
+    def use_tuned(self, table: Mapping[str, Any], /) -> None:
+        """Replaces what is used from now on."""
+        ...
+
+
+OPERATORS: dict[str, Operator] = {
+    "gqa_attention": _autotune_attention,
+    "gated_delta_rule": _autotune_delta,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
     """A candidate of a cell; `seconds` is None by machine code, `facts` is empty by time."""
 
-    config: tuning.Config
+    config: Any
     seconds: float | None = None
     facts: tuple[dict[str, Any], ...] = ()
-
-
-def cells(
-    directions: Iterable[str], head_dims: Iterable[int], lengths: Iterable[int], causal: Iterable[bool]
-) -> list[Cell]:  # fmt: skip
-    """The product, without what the atomic kernel cannot do."""
-    return [
-        Cell(direction, head_dim, length, is_causal)
-        for direction in directions
-        for head_dim in head_dims
-        for length in lengths
-        for is_causal in causal
-        if direction != "backward_atomic" or head_dim in tuning.ATOMIC_HEAD_DIMS
-    ]
 
 
 def time_cell(cell: Cell, *, rounds: int = 10, limit: int | None = None) -> list[Result]:
@@ -119,9 +107,9 @@ def time_cell(cell: Cell, *, rounds: int = 10, limit: int | None = None) -> list
       rounds: counted calls of each; the candidates take turns.
       limit: how many candidates at most.
     """
-    calls: dict[tuning.Config, Callable[[], Any]] = {}
+    calls: dict[Any, Callable[[], Any]] = {}
     expected = None
-    arrays = _random(cell.case(cell.default()).build()[1])
+    arrays = cell.inputs()
     for config in cell.candidates()[:limit]:
         function, _ = cell.case(config).build()
         run = jax.jit(function)
@@ -130,7 +118,7 @@ def time_cell(cell: Cell, *, rounds: int = 10, limit: int | None = None) -> list
             expected = out
         _require_equal(cell, config, out, expected)
         calls[config] = lambda run=run: jax.block_until_ready(run(*arrays))
-    seconds: dict[tuning.Config, list[float]] = {config: [] for config in calls}
+    seconds: dict[Any, list[float]] = {config: [] for config in calls}
     for _ in range(rounds):
         for config, call in calls.items():
             start = time.perf_counter()
@@ -140,17 +128,12 @@ def time_cell(cell: Cell, *, rounds: int = 10, limit: int | None = None) -> list
     return sorted(found, key=lambda result: result.seconds or 0.0)
 
 
-def _random(structs: Iterable[jax.ShapeDtypeStruct]) -> list[jax.Array]:
-    random = np.random.default_rng(0)
-    return [jnp.asarray(random.normal(size=x.shape), x.dtype) for x in structs]
-
-
-def _require_equal(cell: Cell, config: tuning.Config, out: Any, expected: Any) -> None:
-    """A fast wrong kernel must not win."""
+def _require_equal(cell: Cell, config: Any, out: Any, expected: Any) -> None:
+    """A fast wrong kernel must not win: each output by its own largest number, as gradients may all be small."""
     for ours, theirs in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
         ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
         gap, most = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
-        if not gap <= 2**-6 * (1.0 + most):
+        if not gap <= 2**-6 * most:
             raise RuntimeError(f"{cell.key}: {config} differs from the default by {gap}")
 
 
@@ -201,7 +184,8 @@ def _jax_series() -> str:
 def load(path: str | pathlib.Path, *, device: str | None = None) -> int:
     """Uses a file of this command for calls traced from now on in this process; returns how many entries it holds.
 
-    Functions compiled before keep what they were compiled with.
+    Functions compiled before keep what they were compiled with. What was loaded before for the operators of which the
+    file has entries is replaced, other operators keep theirs.
 
     Args:
       path: the file.
@@ -224,30 +208,23 @@ def load(path: str | pathlib.Path, *, device: str | None = None) -> int:
     entries = record.get("entries")
     if not isinstance(entries, dict):
         raise ValueError(f"`entries` in {path} must be an object, got {type(entries).__name__}")
-    table = {key: _config(path, key, entry) for key, entry in entries.items()}
-    tuning.use_tuned(table)
-    return len(table)
+    kinds = {name: operator.kinds() for name, operator in OPERATORS.items()}
+    tables: dict[str, dict[str, Any]] = {}
+    for key, entry in entries.items():
+        name = next((name for name in OPERATORS if key in kinds[name]), None)
+        if name is None:
+            raise ValueError(f"`entries` in {path} has the unknown key {key!r}")
+        config = _config(path, key, entry, kinds[name][key])
+        if error := OPERATORS[name].refusal(key, config):
+            raise ValueError(f"{key!r} in {path}: {error}")
+        tables.setdefault(name, {})[key] = config
+    for name, table in tables.items():
+        OPERATORS[name].use_tuned(table)
+    return len(entries)
 
 
-def _known_keys() -> dict[str, tuple[type, int]]:
-    """Key -> its kind of configuration and head_dim."""
-    lengths = (*tuning.LENGTHS, tuning.LENGTHS[-1] + 1)
-    every = cells(tuning.DIRECTIONS, tuning.HEAD_DIMS, lengths, (True, False))
-    return {
-        cell.key: (
-            tuning.ForwardConfig if cell.direction == "forward" else tuning.BackwardConfig,
-            cell.head_dim,
-        )
-        for cell in every
-    }
-
-
-def _config(path, key: str, entry: Any) -> tuning.Config:
-    """The validated configuration of an entry."""
-    known = _known_keys()
-    if key not in known:
-        raise ValueError(f"`entries` in {path} has the unknown key {key!r}")
-    kind, head_dim = known[key]
+def _config(path, key: str, entry: Any, kind: type) -> Any:
+    """The configuration of an entry, every field of its type."""
     values = entry.get("best") if isinstance(entry, dict) else None
     fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
     if not isinstance(values, dict) or set(values) != set(fields):
@@ -257,22 +234,34 @@ def _config(path, key: str, entry: Any) -> tuning.Config:
             raise ValueError(
                 f"`{name}` of {key!r} in {path} must be {fields[name].__name__}, got {value!r}"
             )
-        if type(value) is int and value < 1:
-            raise ValueError(f"`{name}` of {key!r} in {path} must be at least 1, got {value}")
     try:
-        config = kind(**values)
+        return kind(**values)
     except ValueError as error:
         raise ValueError(f"{key!r} in {path}: {error}") from error
-    for name in ("block_q", "block_kv"):
-        if getattr(config, name, 64) % 64:
-            raise ValueError(f"`{name}` of {key!r} in {path} must be a multiple of 64")
-    if not tuning.fits(config, head_dim):
-        raise ValueError(f"{key!r} in {path} does not fit into a block: {config}")
-    if isinstance(config, tuning.BackwardConfig) and config.atomic != key.startswith(
-        "backward_atomic"
-    ):
-        raise ValueError(f"`atomic` of {key!r} in {path} contradicts the key")
-    return config
+
+
+def _asked(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Sequence[Cell]:
+    """The cells of a command line; an option that does not apply ends the command."""
+    operator = OPERATORS[arguments.operator]
+    every = sorted({name for each in OPERATORS.values() for name in each.OPTIONS})
+    given = {name: getattr(arguments, name) for name in every if getattr(arguments, name)}
+    for name, values in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name not in operator.OPTIONS:
+            parser.error(f"{flag} does not apply to --operator {arguments.operator}")
+        allowed = operator.OPTIONS[name]
+        for value in values:
+            if allowed is not None and value not in allowed:
+                parser.error(f"{flag} must be one of {', '.join(map(str, allowed))}, got {value}")
+            if allowed is None and value < 1:
+                parser.error(f"{flag} must be at least 1, got {value}")
+    try:
+        cells = operator.asked(given, timed=not arguments.by_machine_code)
+    except ValueError as error:
+        parser.error(str(error))
+    if not cells:
+        parser.error("there is nothing to tune: the options name no entry")
+    return cells
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -280,29 +269,34 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.autotune", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("path", type=pathlib.Path, help="JSON file to write")
-    parser.add_argument("--direction", choices=tuning.DIRECTIONS, action="append")
-    parser.add_argument("--head-dim", type=int, choices=tuning.HEAD_DIMS, action="append")
-    parser.add_argument("--length", type=int, action="append", help="each names its bucket")
-    parser.add_argument("--mask", choices=("causal", "full"), action="append")
-    parser.add_argument("--rounds", type=int, default=10, help="counted calls per candidate")
+    parser.add_argument("--operator", default="gqa_attention", choices=tuple(OPERATORS))
+    many: dict[str, Any] = {"action": "append"}
+    parser.add_argument("--direction", **many, help="forward, backward, backward_atomic; or lanes")
+    parser.add_argument("--head-dim", type=int, **many)
+    parser.add_argument("--length", type=int, **many, help="each names its bucket; or lanes'")
+    parser.add_argument("--mask", **many, help="of attention: causal, full")
+    parser.add_argument("--heads", type=int, **many, help="delta rule: batch rows x value heads")
+    parser.add_argument("--rounds", type=int, help="counted calls per candidate, 10 by default")
     parser.add_argument("--limit", type=int, help="candidates per entry at most")
     parser.add_argument("--by-machine-code", action="store_true", help="compile only; not a time")
-    parser.add_argument("--target", default="h200", choices=aot.targets())
+    parser.add_argument("--target", choices=aot.targets(), help="to compile for, h200 by default")
     arguments = parser.parse_args(argv)
-    masks = arguments.mask or ("causal", "full")
-    wanted = cells(
-        arguments.direction or tuning.DIRECTIONS[:2],
-        arguments.head_dim or (64, 128, 256),
-        arguments.length or tuning.LENGTHS[1:],
-        [mask == "causal" for mask in masks],
-    )
+    wanted = _asked(parser, arguments)
+    for name in ("rounds", "limit"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    if arguments.by_machine_code and arguments.rounds:
+        parser.error("--rounds does not apply to --by-machine-code")
+    if arguments.target and not arguments.by_machine_code:
+        parser.error("--target applies to --by-machine-code only")
     if arguments.by_machine_code:
-        device, basis = arguments.target, COMPILED
-        run = lambda cell: rank_cell(cell, target=arguments.target, limit=arguments.limit)
+        device, basis = arguments.target or "h200", COMPILED
+        run = lambda cell: rank_cell(cell, target=device, limit=arguments.limit)
         reason = aot.unavailable_reason()
     else:
         device, basis = jax.devices()[0].device_kind, TIMED
-        run = lambda cell: time_cell(cell, rounds=arguments.rounds, limit=arguments.limit)
+        run = lambda cell: time_cell(cell, rounds=arguments.rounds or 10, limit=arguments.limit)
         reason = None
         if _dispatch.compute_capability() != "9.0":
             reason = (

@@ -86,7 +86,7 @@ def forward(
     else:
         kept_start = grouped(initial_state)
     config = mosaic_gpu_tuning.forward_config(
-        width=wide_value, heads=start.shape[0] * start.shape[1]
+        width=wide_value, heads=start.shape[0] * start.shape[1], key_width=wide_key
     )
     out, final, unit = mosaic_gpu_fwd.forward(
         query, key, value, tables, inverse, start, config=config, scale=plan.scale,
@@ -104,7 +104,7 @@ def _maps(plan: Plan, key, value, tables, inverse) -> tuple[jax.Array, jax.Array
     key_dim, value_dim = key.shape[3], value.shape[3]
     run = lambda written, start: mosaic_gpu_fwd.final_state(
         key, written, tables, inverse, start,
-        config=mosaic_gpu_tuning.forward_config(width=start.shape[3], heads=rows * heads),
+        config=mosaic_gpu_tuning.forward_config(width=start.shape[3], heads=rows * heads, key_width=key_dim),
         use_qk_l2norm=plan.use_qk_l2norm,
     )  # fmt: skip
     identity = jnp.eye(key_dim, dtype=jnp.float32)[None, None]

@@ -6,12 +6,12 @@ import json
 import jax
 import pytest
 
-from pallas_kernels import autotune
+from pallas_kernels import _autotune_attention, autotune
 from pallas_kernels.attention import mosaic_gpu_tuning as tuning
 from tests.support.aot import require
 from tests.support.mosaic_gpu_interpreter import interpreted
 
-FORWARD = autotune.Cell("forward", 64, 100, True)
+FORWARD = _autotune_attention.Cell("forward", 64, 100, True)
 ASKED = {"q_len": 100, "kv_len": 100, "head_dim": 64, "group": 1, "batch": 1, "kv_heads": 1}
 
 
@@ -23,8 +23,8 @@ def _nothing_tuned():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(autotune, "TOKENS", 1)
-    monkeypatch.setattr(autotune, "HEADS", {64: (1, 1)})
+    monkeypatch.setattr(_autotune_attention, "TOKENS", 1)
+    monkeypatch.setattr(_autotune_attention, "HEADS", {64: (1, 1)})
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_one_entry_serves_every_length_of_its_bucket():
 @pytest.mark.parametrize("direction", tuning.DIRECTIONS)
 @pytest.mark.parametrize("head_dim", tuning.HEAD_DIMS)
 def test_candidates_differ_and_fit(direction, head_dim):
-    for cell in autotune.cells([direction], [head_dim], [4096], [True]):
+    for cell in _autotune_attention.cells([direction], [head_dim], [4096], [True]):
         candidates = cell.candidates()
         assert candidates[0] == cell.default()
         assert len(candidates) == len(set(candidates))
@@ -115,13 +115,17 @@ ENTRY = ("entries", "forward/D64/T<=1024/causal")
         ((*ENTRY, "best"), None, r"must have a `best` with exactly block_kv, stages, overlap"),
         ((*ENTRY, "best", "warps"), 4, r"must have a `best` with exactly block_kv"),
         ((*ENTRY, "best", "overlap"), 1, r"`overlap` of .* must be bool, got 1"),
-        ((*ENTRY, "best", "stages"), 0, r"`stages` of .* must be at least 1, got 0"),
-        ((*ENTRY, "best", "block_kv"), 80, r"`block_kv` of .* must be a multiple of 64"),
+        ((*ENTRY, "best", "stages"), 0, r"causal' in .*: `stages` must be at least 1, got 0"),
+        (
+            (*ENTRY, "best", "block_kv"),
+            80,
+            r"causal' in .*: `block_kv` must be a multiple of 64, got 80",
+        ),
         ((*ENTRY, "best", "stages"), 99, r"does not fit into a block"),
         (
             ("entries", "backward/D64/T<=1024/causal", "best", "atomic"),
             True,
-            r"`atomic` of .* contradicts the key",
+            r"causal' in .*: `atomic` must be False, got True",
         ),
     ],
 )
