@@ -31,8 +31,8 @@ TIMED_CHUNKS = 64
 # As models have them: one per bucket.
 HEADS = (8, 16, 32, 64, 128, 256)
 LENGTHS = (2048, 8192, 32768, 131072)
-# Barriers, and what starts on a multiple of 1024 bytes.
-SPARE_BYTES = 1024
+# Barriers, and what is left free so that tiles start on multiples of 1024 bytes.
+SPARE_BYTES = 2048
 KINDS = {
     "forward": tuning.ForwardConfig,
     "backward": tuning.BackwardConfig,
@@ -65,7 +65,7 @@ class Cell:
         """Two value heads to a key head, where they are even."""
         return self.heads if self.heads % 2 else self.heads // 2
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Any]:
         return {
             "chunks": self.chunks,
             "key_heads": self.key_heads,
@@ -151,6 +151,7 @@ class Cell:
             jnp.broadcast_to(jnp.max(jnp.stack([size(name) for name in names])), (1, self.heads))
         )
         made |= {"held": unit("value", "start"), "pulled": unit("d_out", "d_final")}
+        made["asked"] = jnp.ones_like(made["held"])  # queries are normalised
         return tuple(made[name] for name in DeltaBackwardShape(self.key, **self.sizes()).arrays())
 
 

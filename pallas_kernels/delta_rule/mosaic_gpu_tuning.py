@@ -88,16 +88,15 @@ def bucket(direction: str, *, heads: int, width: int = 0, chunks: int = 0) -> st
     Args:
       direction: one of `DIRECTIONS`.
       heads: batch rows times value heads; except for "lanes" times segments.
-      width: value channels, 64 or 128.
-      chunks: of a row.
+      width: value channels, 64 or 128; not for "backward".
+      chunks: of a row; for "lanes" only.
     """
     bound = lambda count, bounds: next((f"<={n}" for n in bounds if count <= n), f">{bounds[-1]}")
-    parts = ["gated_delta_rule", direction, f"D{width}", f"H{bound(heads, HEADS)}"]
-    if direction == "backward":
-        parts.remove(f"D{width}")
+    parts = [] if direction == "backward" else [f"D{width}"]
+    parts.append(f"H{bound(heads, HEADS)}")
     if direction == "lanes":
         parts.append(f"N{bound(chunks, CHUNKS)}")
-    return "/".join(parts)
+    return "/".join(["gated_delta_rule", direction, *parts])
 
 
 def use_tuned(table: Mapping[str, Config]) -> None:
@@ -175,7 +174,7 @@ def forward_candidates(*, width: int) -> list[ForwardConfig]:
             ForwardConfig(
                 overlap=overlap, chain_registers=chain, ahead_registers=REGISTERS - 2 * chain
             )
-            for chain in (184, 192, 200, 208)
+            for chain in (184, 192, 200)
             for overlap in (False, True)
         ]
     return found
@@ -186,15 +185,13 @@ def backward_candidates() -> list[BackwardConfig]:
     found = [BackwardConfig(chain_owners=1, stages=stages) for stages in (3, 2)]
     if FIXED_REGISTERS:
         return found
-    found += [
+    return found + [
         BackwardConfig(
             stages=stages, chain_registers=chain, feeding_registers=REGISTERS - 2 * chain
         )
         for stages in (3, 2)
         for chain in (192, 200, 208)
     ]
-    less = {"gradient_registers": 232, "memory_registers": 40}
-    return [*found, *(BackwardConfig(chain_owners=owners, **less) for owners in (1, 2))]
 
 
 def lanes_candidates(*, heads: int, chunks: int) -> list[LanesConfig]:
@@ -212,8 +209,7 @@ def layout_error(config: Config, *, width: int) -> str | None:
             return f"`chain_owners` must be 1 or 2, got {config.chain_owners}"
         if config.stages < 2:
             return f"`stages` must be at least 2, got {config.stages}"
-        chain = _registers_error(config, "chain_registers", "feeding_registers")
-        return chain or _registers_error(config, "gradient_registers", "memory_registers")
+        return _registers_error(config, "chain_registers", "feeding_registers")
     if not 1 <= config.splits <= width // CHUNK:
         return f"`splits` must be from 1 to {width // CHUNK}, got {config.splits}"
     # An output leaves its tile while the chain is at the next chunk: with two stages both roles would wait.

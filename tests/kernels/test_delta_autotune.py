@@ -250,7 +250,6 @@ WIDE = "gated_delta_rule/forward/D128/H>132"
         (BACKWARD, {"stages": 1}, r"`stages` must be at least 2, got 1"),
         (BACKWARD, {"stages": 4}, r"it does not fit into a block: BackwardConfig"),
         (BACKWARD, {"feeding_registers": 96}, r"`chain_registers` and `feeding_registers` must"),
-        (BACKWARD, {"gradient_registers": 248}, r"`gradient_registers` and `memory_registers`"),
         (LANES, {"lanes": 0}, r"`lanes` must be at least 1, got 0"),
     ],
 )
