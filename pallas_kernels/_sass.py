@@ -34,6 +34,8 @@ _PTXAS = re.compile(
 )
 _SECTION = re.compile(r"^//-+ \.text\.(\S+) -+$", re.M)
 _MESSAGE = re.compile(r"\((C75\d\d)\)")
+_LABEL = re.compile(r"^\s*(\.L_x_\d+):", re.M)
+_BRANCH = re.compile(r"\bBRA\S*\s+`\((\.L_x_\d+)\)")
 _INSTRUCTION = re.compile(
     r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([.A-Z0-9_a-z]*)"
 )
@@ -51,6 +53,7 @@ class KernelFacts:
       shared_bytes: dynamic shared memory per block.
       barriers: mbarriers per block.
       instructions: opcode without suffixes -> how many stand in the code (not how many run).
+      loops: instructions of every loop of at least 64, in code order.
       sequence: tensor-core instructions ("HGMMA"), waits ("WAIT<=n") and exponentials ("EX2") in code order.
       messages: ptxas' C75xx codes.
     """
@@ -64,6 +67,7 @@ class KernelFacts:
     shared_bytes: int
     barriers: int
     instructions: Mapping[str, int]
+    loops: tuple[int, ...]
     sequence: tuple[str, ...]
     messages: tuple[str, ...]
 
@@ -79,12 +83,13 @@ def parse(text: str) -> tuple[KernelFacts, ...]:
     resources = [
         (int(shared), sum(_barriers(counts))) for shared, counts in _RESOURCES.findall(text)
     ]
-    code = _code_sections(text)
+    code, loops = _code_sections(text), _loops(text)
     facts, before = [], 0
     for index, match in enumerate(_PTXAS.finditer(text)):
         shared, barriers = resources[index] if index < len(resources) else (0, 0)
         opcodes = code.get(match["name"], [[]])
         listing = opcodes.pop(0) if opcodes else []
+        lengths = loops.get(match["name"], [()])
         facts.append(
             KernelFacts(
                 name=match["name"],
@@ -96,6 +101,7 @@ def parse(text: str) -> tuple[KernelFacts, ...]:
                 shared_bytes=shared,
                 barriers=barriers,
                 instructions=dict(collections.Counter(op for op, _ in listing)),
+                loops=lengths.pop(0) if lengths else (),
                 sequence=_sequence(listing),
                 messages=tuple(sorted(set(_MESSAGE.findall(text, before, match.start())))),
             )
@@ -110,19 +116,45 @@ def _barriers(counts: str) -> list[int]:
     return [int(width) * int(times) for width, times in found]
 
 
+def _sections(text: str) -> list[tuple[str, str]]:
+    """Kernel name and listing of every compilation."""
+    marks = list(_SECTION.finditer(text))
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    return [(mark[1], text[mark.end() : end]) for mark, end in zip(marks, ends, strict=bool(marks))]
+
+
 def _code_sections(text: str) -> dict[str, list[list[tuple[str, str]]]]:
     """Kernel name -> its listings (one per compilation), each a list of (opcode, suffixes and operands)."""
     sections: dict[str, list[list[tuple[str, str]]]] = {}
-    marks = list(_SECTION.finditer(text))
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    for mark, end in zip(marks, ends, strict=bool(marks)):
-        body = text[mark.end() : end]
+    for name, body in _sections(text):
         listing = []
         for line in body.splitlines():
             found = _INSTRUCTION.search(line)
             if found:
                 listing.append((found[1], line[found.start(2) :]))
-        sections.setdefault(mark[1], []).append(listing)
+        sections.setdefault(name, []).append(listing)
+    return sections
+
+
+def _loops(text: str) -> dict[str, list[tuple[int, ...]]]:
+    """Kernel name -> lengths of its loops (one tuple per compilation)."""
+    sections: dict[str, list[tuple[int, ...]]] = {}
+    for name, body in _sections(text):
+        starts: dict[str, int] = {}
+        lengths: dict[str, int] = {}
+        count, branched = 0, False
+        for line in body.splitlines():
+            if label := _LABEL.match(line):
+                starts[label[1]] = count
+            if not _INSTRUCTION.search(line):
+                continue
+            count += 1
+            branch = _BRANCH.search(line)
+            # Two in a row: code that waits, out of line, for a barrier, and then goes back into a loop.
+            if branch and not branched and branch[1] in starts:
+                lengths[branch[1]] = count - starts[branch[1]]
+            branched = branch is not None
+        sections.setdefault(name, []).append(tuple(n for n in lengths.values() if n >= 64))
     return sections
 
 

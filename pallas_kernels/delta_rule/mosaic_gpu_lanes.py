@@ -41,26 +41,17 @@ class Kept(NamedTuple):
     transition: jax.Array | None
 
 
-def operands(plan: Plan, order: Order, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Query, key and value in rows of chunks, zero on padding and in channels that fill up a head."""
-    rows = plan.batch * plan.lanes
-    real = None
-    if order.real is not None:
-        real = jnp.moveaxis(order.real, 0, 1).reshape(rows, -1)[..., None, None]
-
-    def clean(x):
-        x = orders.to_rows(plan, order, x)
-        x = x if real is None else jnp.where(real, x, jnp.zeros_like(x))
-        return _mosaic_gpu.pad_axis(x, 3, mosaic_gpu_tuning.padded_dim(x.shape[3]))
-
-    return clean(tokens.query), clean(tokens.key), clean(tokens.value)
+def operand(plan: Plan, order: Order, x):
+    """`[B, T, heads, dim]` in rows of chunks, zero on padding and in the channels that fill up a tile."""
+    x = orders.real_rows(plan, order, x)
+    return _mosaic_gpu.pad_axis(x, 3, mosaic_gpu_tuning.padded_dim(x.shape[3]))
 
 
 def forward(
     plan: Plan, order: Order, tokens: Tokens, initial_state
 ) -> tuple[jax.Array, jax.Array, Kept]:
     """`(out [B, T, Hv, Dv], final_state, Kept)` of the whole call."""
-    query, key, value = operands(plan, order, tokens)
+    query, key, value = (operand(plan, order, x) for x in tokens[:3])
     gates = orders.gates(plan, order, tokens.g, tokens.beta)
     inverse, tables = mosaic_gpu_prologue.prologue(key, gates, use_qk_l2norm=plan.use_qk_l2norm)
     key_dim, value_dim = initial_state.shape[2:]

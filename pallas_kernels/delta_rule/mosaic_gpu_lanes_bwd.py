@@ -13,30 +13,15 @@ from pallas_kernels import _mosaic_gpu
 from pallas_kernels.delta_rule import mosaic_gpu_bwd, mosaic_gpu_tuning
 from pallas_kernels.delta_rule import order as orders
 from pallas_kernels.delta_rule.mosaic_gpu_chunk import own_unit, power_of_two
-from pallas_kernels.delta_rule.mosaic_gpu_lanes import Kept
+from pallas_kernels.delta_rule.mosaic_gpu_lanes import Kept, operand
 from pallas_kernels.delta_rule.order import Order, Plan, Tokens
-
-
-def to_rows(plan: Plan, order: Order, x):
-    """`[B, T, heads, ...]` as rows of chunks, zero on padding."""
-    x = orders.to_rows(plan, order, x)
-    if order.real is None:
-        return x
-    real = jnp.moveaxis(order.real, 0, 1).reshape(x.shape[0], -1)
-    real = real.reshape(real.shape + (1,) * (x.ndim - 2))
-    return jnp.where(real, x, jnp.zeros_like(x))
-
-
-def widen(x):
-    """Channels filled up to the width of a tile."""
-    return _mosaic_gpu.pad_axis(x, x.ndim - 1, mosaic_gpu_tuning.padded_dim(x.shape[-1]))
 
 
 def arranged(plan: Plan, order: Order, tokens: Tokens) -> Tokens:
     """What the kernels' gradients are of. Linear: JAX arranges the gradients as the tokens were."""
-    query, key, value, g, beta = (to_rows(plan, order, x) for x in tokens)
-    single = lambda x: x.astype(jnp.float32)
-    return Tokens(widen(query), widen(key), widen(value), single(g), single(beta))
+    query, key, value = (operand(plan, order, x) for x in tokens[:3])
+    single = lambda x: orders.real_rows(plan, order, x).astype(jnp.float32)
+    return Tokens(query, key, value, single(tokens.g), single(tokens.beta))
 
 
 def sizes(x):
@@ -63,7 +48,7 @@ def backward(
 ) -> tuple[Tokens, jax.Array]:
     """Cotangents of the tokens, each in its dtype, and of the initial state."""
     given, pull = jax.vjp(lambda tokens: arranged(plan, order, tokens), tokens)
-    d_out = widen(to_rows(plan, order, d_out))
+    d_out = operand(plan, order, d_out)
     heads, group = tokens.key.shape[2], tokens.value.shape[2] // tokens.key.shape[2]
     flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
     grouped = lambda x: x.reshape(x.shape[0], heads, group, *x.shape[2:])

@@ -119,6 +119,15 @@ def to_rows(plan: Plan, order: Order, x):
     return x.reshape(plan.batch * plan.lanes, plan.steps * plan.chunk, *x.shape[2:])
 
 
+def real_rows(plan: Plan, order: Order, x):
+    """As `to_rows`, with zeros on padding whatever it held."""
+    x = to_rows(plan, order, x)
+    if order.real is None:
+        return x
+    real = jnp.moveaxis(order.real, 0, 1).reshape(x.shape[0], -1)
+    return jnp.where(real.reshape(real.shape + (1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
+
+
 def from_rows(plan: Plan, order: Order, x):
     """`[z, N C, ...]` back to `[B, T, ...]`."""
     x = x.reshape(plan.batch, -1, *x.shape[2:])
@@ -280,13 +289,9 @@ class Gates(NamedTuple):
 
 def gates(plan: Plan, order: Order, g, beta) -> Gates:
     """Gates of `g`, `beta` `[B, T, Hv]`, whatever they hold on padding."""
-    rows = plan.batch * plan.lanes
-    real = None if order.real is None else jnp.moveaxis(order.real, 0, 1).reshape(rows, -1)
 
     def by_chunk(x):
-        x = jnp.swapaxes(to_rows(plan, order, x).astype(jnp.float32), 1, 2)
-        if real is not None:
-            x = jnp.where(real[:, None], x, 0.0)
+        x = jnp.swapaxes(real_rows(plan, order, x).astype(jnp.float32), 1, 2)
         return x.reshape(*x.shape[:2], plan.steps, plan.chunk)
 
     segment = order.segment

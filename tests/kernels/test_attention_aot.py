@@ -201,3 +201,13 @@ def test_parsing_what_the_compiler_prints():
     assert kernel.sequence == ("HGMMA", "WAIT<=1", "EX2")
     assert kernel.instructions == {"LDC": 1, "STL": 1, "HGMMA": 1, "WARPGROUP": 1, "MUFU": 1}
     assert set(kernel.slow_paths) == {"STL", "C7513"}
+    assert kernel.loops == ()
+
+
+def test_loops_end_where_the_code_goes_back():
+    line = lambda text: f"        /*0050*/                   {text} ;\n"
+    loop = ".L_x_1:\n" + 70 * line("FADD R0, R0, R1") + line("@P0 BRA `(.L_x_1)")
+    # Out of line: waits for a barrier, then goes back.
+    wait = ".L_x_2:\n" + line("@!P1 BRA `(.L_x_2)") + line("BRA `(.L_x_1)")
+    (kernel,) = _sass.parse(PRINTED + loop + line("EXIT") + wait)
+    assert kernel.loops == (71,)

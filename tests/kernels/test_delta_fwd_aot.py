@@ -32,6 +32,7 @@ def test_products_of_one_state_are_in_flight_together(label, products):
     """`S^T K^T` and `S^T Q^T` are issued back to back, and what to write is computed while the second runs."""
     require()
     (kernel,) = aot.compile_case(CASES[f"gated_delta_rule/forward/{label}"]).kernels
+    assert len(kernel.loops) == 2  # the chain's, and of who runs ahead
     runs = [(op, len(list(group))) for op, group in itertools.groupby(kernel.sequence)]
     start = runs.index(("HGMMA", products))
     assert [op for op, _ in runs[start + 1 : start + 3]] == ["WAIT<=1", "WAIT<=0"], runs
