@@ -40,7 +40,7 @@ def places(shape: tuple[int, int] = SQUARE):
 
 
 def gated(tables, visible, segments: bool):
-    """Decay between the tokens of a chunk where `visible`, else 0; `tables` holds the rows of `order.stacked`."""
+    """Decay between the tokens of a chunk where `visible`, else 0; `tables` holds its rows (`order.HIGH` and so on)."""
     # The compiler would merge two loads of one row into one, which then would need two layouts.
     (again,) = _mosaic_gpu.opaque(jnp.int32(0))
 
