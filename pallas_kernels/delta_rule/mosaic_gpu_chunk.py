@@ -72,9 +72,9 @@ def wide(tile):
 
 
 HALF = jnp.float16
-# Exponents of float32: 2^-100 and 2^100, beyond which a quotient might overflow; one more; what 1 / 2^n is taken from.
+# Exponents of float32: 2^-100 and 2^100, beyond which a quotient might overflow; 1; one more; for 1 / 2^n.
 SMALLEST, LARGEST = (127 - 100) << 23, (127 + 100) << 23
-ONE_MORE, INVERSE_OF = 1 << 23, 254 << 23
+ONE, ONE_MORE, INVERSE_OF = 127 << 23, 1 << 23, 254 << 23
 EXPONENT = 0xFF << 23
 
 
@@ -115,10 +115,11 @@ def inverse_length(parts: Iterator[Any]):
 
 
 def power_of_two(size):
-    """The smallest power of two above `size`, from 2^-100 (of zero and of what is not finite) to 2^100."""
+    """The smallest power of two above `size`, from 2^-100 (of zero) to 2^100; 1 of what is not finite."""
     bits = lax.bitcast_convert_type(size, jnp.int32) & EXPONENT
-    # The exponent of infinity is the highest: one more makes the number negative.
-    bits = jnp.minimum(jnp.maximum(bits + ONE_MORE, SMALLEST), LARGEST)
+    # Else the other channels, which are finite, would become infinite too.
+    bits = jnp.where(bits == EXPONENT, ONE, bits + ONE_MORE)
+    bits = jnp.minimum(jnp.maximum(bits, SMALLEST), LARGEST)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 

@@ -156,6 +156,23 @@ def test_values_that_grow_from_chunk_to_chunk(dim, state_size):
     assert compare.relative_error(found.final_state, exact.final_state) <= limits["final_state"]
 
 
+@pytest.mark.parametrize("poison", [np.inf, np.nan])
+def test_what_is_not_finite_stays_in_its_channel(poison):
+    """A value that is not finite, before any unit is known, leaves the other channels of its head alone."""
+    case = delta_cases.random_case(16, 1, 70, 1, 1, 64, 64)
+    query, key, value, g, beta, _ = cast(case, jnp.bfloat16)
+    run = jax.jit(lambda value: tuple(gated_delta_rule(query, key, value, g, beta, **KERNEL)))
+    with interpreted():
+        clean = jax.block_until_ready(run(value))
+        found = jax.block_until_ready(run(value.at[0, 3, 0, 5].set(poison)))
+    for one, other in zip(found, clean, strict=True):
+        assert not np.isfinite(np.asarray(one, np.float32)[..., 5]).all()
+        one, other = (np.delete(np.asarray(x, np.float64), 5, axis=-1) for x in (one, other))
+        assert (
+            compare.relative_error(one, other) <= compare.DELTA_RULE_TOLERANCES["bfloat16"]["out"]
+        )
+
+
 def test_padding_and_later_tokens_do_not_reach_earlier_ones():
     case = delta_cases.random_case(10, 1, 150, 1, 1, 64, 64)
     *tokens, state = cast(case, jnp.bfloat16)
