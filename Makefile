@@ -10,6 +10,11 @@ ifeq ($(shell command -v nvidia-smi),)
 export JAX_PLATFORMS ?= cpu
 endif
 export HF_HUB_OFFLINE = 1
+# Compiled programs outlive a run. JAX keys them by program and by its own version; the folder, by the processor's features.
+CPU := $(shell (uname -m; grep -m1 ^flags /proc/cpuinfo || sysctl -n machdep.cpu.brand_string) 2>/dev/null | cksum | cut -d' ' -f1)
+export JAX_COMPILATION_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gqa_jax/programs-$(CPU)
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
 .PHONY: demo test test-all check format notebooks bench test-newest test-gpu clean
 
@@ -19,7 +24,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal tests
 
-# Every slow sweep too, not today's eighth of them.
+# Every slow sweep too, not this commit's eighth of them.
 test-all: $(VENV)/.ready
 	GQA_JAX_ALL=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal tests
 

@@ -1,5 +1,5 @@
-"""SelfAttention against its definition, written out head by head and query by query in float64 numpy: every field of the
-config and every argument of the call is right, not merely heard."""
+"""SelfAttention against its definition, written out head by head and query by query in float64 numpy: every field of
+the config and every argument of the call is right, not merely heard."""
 
 import dataclasses
 
