@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from interop.torch_modules import MultiHeadAttention as MultiHeadAttention
     from interop.torch_modules import NNXModule as NNXModule
     from interop.torch_modules import SelfAttention as SelfAttention
+    from interop.torch_modules import delete_kv_caches as delete_kv_caches
+    from interop.torch_modules import disable_kv_cache as disable_kv_cache
+    from interop.torch_modules import local_kv_cache as local_kv_cache
 
 _HOME = {  # public name -> the module that defines it; all of them import torch
     "to_jax": "interop.dlpack",
@@ -54,6 +57,9 @@ _HOME = {  # public name -> the module that defines it; all of them import torch
     "MultiHeadAttention": "interop.torch_modules",
     "NNXModule": "interop.torch_modules",
     "SelfAttention": "interop.torch_modules",
+    "delete_kv_caches": "interop.torch_modules",
+    "disable_kv_cache": "interop.torch_modules",
+    "local_kv_cache": "interop.torch_modules",
 }
 
 

@@ -1,15 +1,18 @@
-"""torchtune's `MultiHeadAttention` and `KVCache`, same arguments and errors, over our attention.
+"""torchtune's `MultiHeadAttention`, `KVCache` and contexts of caches, same arguments and errors, over our attention.
 
-Two differences: with an enabled cache and no mask only slots that were written are seen (torchtune counts the zeros in
-the others), and the error for a dropout rate prints that rate.
+Two differences: without a mask a cache is read causally, as torchtune's documentation promises (its code then shows
+every query all slots, also those that nothing was written to), and the error for a dropout rate prints that rate.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from interop.autocast import autocast
 from interop.operators import attention
 
 _log = logging.getLogger(__name__)
@@ -51,7 +54,7 @@ class KVCache(nn.Module):
         """Forgets all tokens."""
         self.k_cache.zero_()
         self.v_cache.zero_()
-        self.cache_pos -= self.size
+        self.cache_pos -= self.cache_pos[0].clone()
 
     def update(self, k_val: Tensor, v_val: Tensor) -> tuple[Tensor, Tensor]:
         """Writes `[B, G, T, D]` behind what is there; returns the whole buffers.
@@ -66,9 +69,13 @@ class KVCache(nn.Module):
                 f"The current cache has been setup with a batch size of {self.k_cache.shape[0]}, but found new key "
                 f"tensors with batch size {rows}!"
             )
-        assert self.cache_pos[0] + length <= self.k_cache.shape[2], (
-            f"{self.size} tokens and {length} more exceed the cache's {self.k_cache.shape[2]}"
-        )
+        fits = self.cache_pos[0] + length <= self.k_cache.shape[2]
+        if torch.compiler.is_compiling():  # a message that reads a tensor would break the graph
+            torch.ops.aten._assert_async.msg(fits, "the tokens exceed the cache's `max_seq_len`")
+        else:
+            assert fits, (
+                f"{self.size} tokens and {length} more exceed the cache's {self.k_cache.shape[2]}"
+            )
         slots = self.cache_pos[:length]
         self.k_cache[:rows, :, slots] = k_val
         self.v_cache[:rows, :, slots] = v_val
@@ -165,23 +172,19 @@ class MultiHeadAttention(nn.Module):
         Args:
           x: `[B, T, embed_dim]`.
           y: `[B, S, embed_dim]`.
-          mask: boolean, True where a query (row) may attend: `[B, T, S]`, or `[B, T, max_seq_len]` with a cache.
-            None means causal (if `is_causal`) without a cache, and all that was written with one.
+          mask: `[B, T, S]`, or `[B, T, max_seq_len]` with an enabled cache: boolean, True where a query (row) may
+            attend, or floating, added to the logits. None means causal if `is_causal`, else everything; with an
+            enabled cache, of what was written: x follows what was there before (or, where y is None, is the last of
+            it).
           input_pos: `[B, T]` or `[T]`, handed to the rotary embedding.
 
         Returns:
           `[B, T, embed_dim]`.
 
         Raises:
-          ValueError: no y and no enabled cache, or a mask that is not a boolean tensor of three axes.
+          ValueError: no y and no enabled cache, or a mask that is no boolean or floating tensor of three axes.
         """
-        if mask is not None and not (
-            isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() == 3
-        ):
-            raise ValueError(
-                f"mask must be a boolean tensor [B, T, S], got {getattr(mask, 'dtype', type(mask).__name__)} "
-                f"{tuple(getattr(mask, 'shape', ()))}"
-            )
+        _check_mask(mask)
         batch, length, _ = x.shape
         query = self._rotate(self.q_proj(x).view(batch, length, self.num_heads, -1), input_pos)
         query = _normed(query, self.q_norm)
@@ -202,16 +205,19 @@ class MultiHeadAttention(nn.Module):
             if cache is not None:
                 key, value = cache.update(key.transpose(1, 2), value.transpose(1, 2))
                 key, value = key[:batch].transpose(1, 2), value[:batch].transpose(1, 2)
-        is_causal = self.kv_cache is None and mask is None and self.is_causal
-        if mask is not None:
-            mask = mask[:, None]
-        elif cache is not None:
-            written = torch.arange(key.shape[1], device=x.device) < cache.cache_pos[0]
-            mask = written.expand(1, 1, length, -1)
+        if mask is None and cache is not None:
+            before = length if y is None else y.shape[1]
+            mask = _visible(cache, length, before=before, is_causal=self.is_causal)[None]
+        boolean = mask is None or mask.dtype == torch.bool
+        heads = None if mask is None else mask[:, None]
+        query, key, value = autocast(query, key.to(query.dtype), value.to(query.dtype))
+        rate = self.attn_dropout if self.training else 0.0
         out = attention(
-            query, key.to(query.dtype), value.to(query.dtype), mask=mask, is_causal=is_causal,
-            dropout_rate=self.attn_dropout if self.training else 0.0,
+            query, key, value, mask=heads if boolean else None, bias=None if boolean else heads,
+            is_causal=mask is None and self.is_causal, dropout_rate=rate if rate < 1.0 else 0.0,
         )  # fmt: skip
+        if rate == 1.0:  # nothing is left
+            out = nn.functional.dropout(out, 1.0)
         return self.output_proj(out.reshape(batch, length, -1))
 
     def _rotate(self, heads: Tensor, input_pos: Tensor | None) -> Tensor:
@@ -223,3 +229,123 @@ class MultiHeadAttention(nn.Module):
 def _normed(heads: Tensor, norm: Callable | None) -> Tensor:
     """torchtune hands its norms `[B, N, T, D]`."""
     return heads if norm is None else norm(heads.transpose(1, 2)).transpose(1, 2)
+
+
+def _check_mask(mask: Any) -> None:
+    if mask is None:
+        return
+    if (
+        not isinstance(mask, Tensor)
+        or mask.dim() != 3
+        or not (mask.dtype == torch.bool or mask.is_floating_point())
+    ):
+        raise ValueError(
+            "mask must be a boolean or floating tensor [B, T, S], got "
+            f"{getattr(mask, 'dtype', type(mask).__name__)} {tuple(getattr(mask, 'shape', ()))}"
+        )
+
+
+def _visible(cache: KVCache, length: int, *, before: int, is_causal: bool) -> Tensor:
+    """`[T, max_seq_len]`: slots that were written and, if causal, are not later than the query.
+
+    The first of the T queries stands `before` slots ahead of the next one to be written.
+    """
+    end = cache.cache_pos[0]
+    slots = torch.arange(cache.k_cache.shape[2], device=end.device)
+    written = (slots < end).expand(length, -1)
+    if not is_causal:
+        return written
+    queries = end - before + torch.arange(length, device=end.device)
+    return written & (slots <= queries[:, None])
+
+
+# Contexts ----------------------------------------------------------------------------------------------------------
+
+
+def _cached_layers(model: nn.Module) -> list[Any]:
+    """Layers of the model that have a cache: ours, and torchtune's own."""
+    return [m for m in model.modules() if isinstance(getattr(m, "kv_cache", None), nn.Module)]
+
+
+def _check_caches(model: nn.Module, wanted: bool, name: str) -> None:
+    if bool(_cached_layers(model)) != wanted:
+        rule = "must have caches: set them up first" if wanted else "must not have caches already"
+        raise ValueError(f"`model` {rule}, before {name}")
+
+
+@contextlib.contextmanager
+def disable_kv_cache(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes as if it had no caches; afterwards they go on where they stood.
+
+    Raises:
+      ValueError: no layer has a cache.
+    """
+    _check_caches(model, True, "disable_kv_cache")
+    states = [(layer, layer.cache_enabled) for layer in _cached_layers(model)]
+    if not any(enabled for _, enabled in states):
+        _log.warning("The caches are disabled already.")
+    for layer, _ in states:
+        layer.cache_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in states:
+            layer.cache_enabled = enabled
+
+
+@contextlib.contextmanager
+def local_kv_cache(
+    model: nn.Module,
+    *,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    encoder_max_seq_len: int | None = None,
+    decoder_max_seq_len: int | None = None,
+) -> Iterator[None]:
+    """Inside, the model has enabled caches; afterwards none.
+
+    A model with a `setup_caches` of torchtune's signature makes them itself; in any other each of our layers gets one
+    of `decoder_max_seq_len` tokens.
+
+    Args:
+      model: with layers of ours, or a decoder of torchtune's.
+      batch_size, dtype: as for `MultiHeadAttention.setup_cache`.
+      device: where the caches are.
+      encoder_max_seq_len, decoder_max_seq_len: tokens; the first is for `setup_caches` alone.
+
+    Raises:
+      ValueError: a layer has a cache already, or a length that the model needs or cannot use.
+    """
+    _check_caches(model, False, "local_kv_cache")
+    setup = getattr(model, "setup_caches", None)
+    if setup is None and (decoder_max_seq_len is None or encoder_max_seq_len is not None):
+        raise ValueError(
+            "a model without `setup_caches` must be given `decoder_max_seq_len` and no `encoder_max_seq_len`, got "
+            f"{decoder_max_seq_len} and {encoder_max_seq_len}"
+        )
+    with torch.device(device):
+        if setup is not None:
+            lengths = dict(
+                encoder_max_seq_len=encoder_max_seq_len, decoder_max_seq_len=decoder_max_seq_len
+            )
+            setup(batch_size, dtype, **lengths)
+        elif decoder_max_seq_len is not None:
+            for layer in model.modules():
+                if isinstance(layer, MultiHeadAttention):
+                    layer.setup_cache(batch_size, dtype, decoder_max_seq_len)
+    try:
+        yield
+    finally:
+        delete_kv_caches(model)
+
+
+def delete_kv_caches(model: nn.Module) -> None:
+    """Removes the caches of all layers.
+
+    Raises:
+      ValueError: no layer has one.
+    """
+    _check_caches(model, True, "delete_kv_caches")
+    for layer in _cached_layers(model):
+        layer.kv_cache, layer.cache_enabled = None, False
