@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -22,28 +23,32 @@ def next_token_loss(
     targets: Int[Array, "B T"],
     *,
     real: Bool[Array, "B T"] | None = None,
+    axes: MeshAxes | None = None,
 ) -> Float[Array, ""]:
-    """Mean cross-entropy in nats over the targets where `real` is True (None: all), computed in float32.
+    """Mean cross-entropy in nats over the targets that count, computed in float32.
 
     Args:
       logits: `[B, T, V]`; `logits[:, t]` predicts `targets[:, t]`.
-      targets: `[B, T]` integer.
-      real: `[B, T]`; False leaves a target out. With none left the loss is 0.
+      targets: `[B, T]` integer; a negative one, such as -100, does not count.
+      real: `[B, T]`; False leaves a target out too. With none left the loss is 0.
+      axes: of the decoder that made the logits; None for logits whose vocabulary is not split.
+
+    Returns:
+      `[]` float32; a target of V or more makes it, and its gradient, NaN inside `jit`.
 
     Raises:
-      ValueError: shapes that do not fit.
+      TypeError: targets that are not integers, `real` that is not boolean.
+      ValueError: shapes that do not fit, or a target of V or more outside `jit`.
     """
     if targets.shape != logits.shape[:2]:
         raise ValueError(f"`targets` must have shape {logits.shape[:2]}, got {targets.shape}")
     if real is not None and real.shape != targets.shape:
         raise ValueError(f"`real` must have shape {targets.shape}, got {real.shape}")
-    wide = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(wide, targets[..., None], axis=-1, mode="clip")[..., 0]
-    losses = jax.nn.logsumexp(wide, axis=-1) - chosen
-    if real is None:
-        return losses.mean()
-    kept = jnp.where(real, losses, 0.0).sum()  # `where`, so that a NaN on padding cannot spread
-    return kept / jnp.maximum(real.sum().astype(jnp.float32), 1.0)
+    if real is not None and real.dtype != bool:
+        raise TypeError(f"`real` must be boolean, got {real.dtype}")
+    labels = tensor_parallel.as_labels("targets", targets, vocab_size=logits.shape[-1], real=real)
+    losses = tensor_parallel.cross_entropy(logits, labels, axes)
+    return losses.sum() / jnp.maximum((labels >= 0).sum().astype(jnp.float32), 1.0)
 
 
 @functools.partial(
@@ -126,9 +131,6 @@ class TrainOutput(NamedTuple):
     gradient_norm: Float[Array, ""]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("optimizer", "load_balancing"), donate_argnames=("state",)
-)
 def train_step(
     state: TrainState,
     tokens: Int[Array, "B T"],
@@ -141,7 +143,7 @@ def train_step(
     load_balancing: float = 0.0,
     dropout_key: Array | None = None,
 ) -> TrainOutput:
-    """One update on the prediction of `tokens[:, 1:]` from `tokens[:, :-1]`, or of `targets` from `tokens`.
+    """One update on the prediction of `tokens[:, 1:]` from `tokens[:, :-1]`, or of `targets` from `tokens`; jitted.
 
     On a mesh the decoder's `axes` split, gradients are summed and parameters stay where they are.
 
@@ -149,11 +151,12 @@ def train_step(
       state: donated; use the one that is returned.
       tokens: `[B, T]` integer, T >= 2.
       optimizer: the one that made the state.
-      targets: `[B, T]` integer, what each token predicts; negative predicts nothing. None shifts `tokens`. Needed
-        under context parallelism, where the next token may be on another device: shift, then `to_layout`.
+      targets: `[B, T]` integer, what each token predicts; negative, such as -100, predicts nothing. None shifts
+        `tokens`. Needed under context parallelism, where the next token may be on another device: shift, then
+        `to_layout`.
       positions: `[B, T]`, as for `Decoder`, with `targets` only.
-      segment_ids: `[B, T]`; without `targets` the first token of a segment is not predicted from the one before it,
-        padding (negative) not at all.
+      segment_ids: `[B, T]`; padding (negative) predicts nothing and, without `targets`, is not predicted, nor is the
+        first token of a segment from the one before it.
       update_scale: `[]`, multiplies the update: a schedule that is driven from outside.
       load_balancing: weight of `moe.load_balancing_loss`.
       dropout_key: None for none; folded with the step.
@@ -162,20 +165,54 @@ def train_step(
       `TrainOutput(state, loss, gradient_norm)`.
 
     Raises:
-      TypeError, ValueError: as `Decoder`, for `load_balancing` without a mixture, `positions` without `targets`, or
-        context parallelism without `targets`.
+      TypeError, ValueError: as `Decoder`, for `load_balancing` without a mixture, `positions` without `targets`,
+        context parallelism without `targets`, or a target of V or more in a NumPy array (in a device's array it makes
+        loss and gradient NaN: values there are not waited for).
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise ValueError(f"`tokens` must have shape [B, T] with T >= 2, got {tokens.shape}")
+    for name, array in (("targets", targets), ("segment_ids", segment_ids)):
+        if array is not None and array.shape != tokens.shape:
+            raise ValueError(f"`{name}` must have shape {tokens.shape}, got {array.shape}")
+    if isinstance(targets, np.ndarray) and not isinstance(segment_ids, jax.Array):
+        vocab_size = state.params["embed"]["embedding"].shape[0]
+        real = None if segment_ids is None else segment_ids >= 0
+        targets = tensor_parallel.as_labels("targets", targets, vocab_size=vocab_size, real=real)
+    return _train_step(
+        state,
+        tokens,
+        optimizer=optimizer,
+        targets=targets,
+        positions=positions,
+        segment_ids=segment_ids,
+        update_scale=update_scale,
+        load_balancing=load_balancing,
+        dropout_key=dropout_key,
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("optimizer", "load_balancing"), donate_argnames=("state",)
+)
+def _train_step(
+    state: TrainState,
+    tokens: Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    targets: Array | None,
+    positions: Array | None,
+    segment_ids: Array | None,
+    update_scale: Array | None,
+    load_balancing: float,
+    dropout_key: Array | None,
+) -> TrainOutput:
     options: dict[str, Any] = dict(deterministic=dropout_key is None)
     if dropout_key is not None:
         options["dropout_key"] = jax.random.fold_in(dropout_key, state.step)
     real = None
     if targets is not None:
-        if targets.shape != tokens.shape:
-            raise ValueError(f"`targets` must have shape {tokens.shape}, got {targets.shape}")
+        real = None if segment_ids is None else segment_ids >= 0
         options |= dict(positions=positions, segment_ids=segment_ids)
-        real = targets >= 0
     else:
         if positions is not None:
             raise ValueError("`positions` must be None without `targets`")
@@ -190,7 +227,7 @@ def train_step(
 
     def objective(params):
         decoder = nnx.merge(state.graphdef, params, state.rest)
-        loss_of = functools.partial(_loss, targets=targets, real=real, axes=decoder.axes)
+        loss_of = functools.partial(next_token_loss, targets=targets, real=real, axes=decoder.axes)
         if load_balancing == 0.0:
             loss = loss_of(decoder(tokens, **options))
             return loss, loss
@@ -209,13 +246,3 @@ def train_step(
         step=state.step + 1,
     )
     return TrainOutput(advanced, loss, optax.global_norm(gradients))
-
-
-def _loss(logits: Array, *, targets: Array, real: Array | None, axes: MeshAxes | None) -> Array:
-    """`next_token_loss`, also of logits whose vocabulary is split."""
-    if axes is None:
-        return next_token_loss(logits, targets, real=real)
-    labels = targets if real is None else jnp.where(real, targets, -1)
-    losses = tensor_parallel.cross_entropy(logits, labels, axes)
-    count = (labels >= 0).sum().astype(jnp.float32)
-    return losses.sum() / jnp.maximum(count, 1.0)

@@ -19,8 +19,10 @@ from gqa_jax.byte_text import (
     standard_library,
     zlib_bits_per_byte,
 )
+from gqa_jax.sharding import MeshAxes
 from gqa_jax.training import TrainState, next_token_loss, train_step
 from tests.support.compare import assert_close
+from tests.support.meshes import mesh
 from tests.support.tiny_decoders import HYBRID, MIXTURE, build
 
 pytestmark = pytest.mark.usefixtures("loose_promotion")  # optax relies on JAX's default promotion
@@ -45,6 +47,130 @@ def test_loss_equals_float64_and_leaves_out_what_is_not_real():
         next_token_loss(narrow, jnp.asarray(targets[:, :4]))
     with pytest.raises(ValueError, match=re.escape("`real` must have shape (2, 5), got (5,)")):
         next_token_loss(narrow, jnp.asarray(targets), real=jnp.ones((5,), bool))
+
+
+LABELS = [[1, 2, -100, 3], [-1, 0, 7, -100]]
+
+
+def by_hand(logits, labels):
+    """float64: mean loss over labels >= 0, and its gradient."""
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    counted = labels >= 0
+    clean = np.where(counted[..., None], logits, 0.0)
+    chances = np.exp(clean - clean.max(-1, keepdims=True))
+    chances /= chances.sum(-1, keepdims=True)
+    hot = np.eye(logits.shape[-1])[np.where(counted, labels, 0)]
+    count = max(counted.sum(), 1)
+    loss = -np.log((chances * hot).sum(-1))[counted].sum() / count
+    return loss, (chances - hot) * counted[..., None] / count
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64"])
+def test_negative_labels_are_ignored_whatever_stands_there(dtype):
+    rng = np.random.default_rng(7)
+    logits = rng.normal(size=(2, 4, 300)).astype("f4")  # more entries than an int8 can name
+    labels = np.array(LABELS, dtype)
+    loss, gradient = by_hand(logits, labels)
+    spoilt = np.where(labels[..., None] < 0, np.float32(np.nan), logits)
+    for given in (logits, spoilt):
+        for labels_given in (labels, jnp.asarray(labels.astype("i4"))):
+            assert_close(next_token_loss(jnp.asarray(given), labels_given), loss, atol=1e-6)
+        ours = jax.jit(jax.value_and_grad(next_token_loss))(jnp.asarray(given), labels)
+        assert_close(ours[0], loss, atol=1e-6)
+        assert_close(ours[1], gradient, atol=1e-6)
+    assert next_token_loss(jnp.asarray(spoilt), np.full((2, 4), -100, dtype)) == 0.0
+
+
+@pytest.mark.torch
+def test_the_loss_is_that_of_torch_and_optax():
+    torch = pytest.importorskip("torch")
+    logits = np.random.default_rng(3).normal(size=(2, 4, 9)).astype("f4")
+    theirs = torch.nn.functional.cross_entropy(
+        torch.tensor(logits).reshape(8, 9),
+        torch.tensor([[1, 2, -100, 3], [-100, 0, 7, -100]]).reshape(8),
+        ignore_index=-100,
+    )
+    assert_close(next_token_loss(jnp.asarray(logits), np.array(LABELS)), theirs.numpy(), atol=1e-6)
+    labels = np.array([[1, 2, 9, 3], [8, 0, 7, 700]])
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    for row in range(2):  # optax too gives NaN where there is no such token
+        ours = jax.jit(next_token_loss)(logits[row : row + 1], labels[row : row + 1])
+        np.testing.assert_allclose(ours, np.asarray(each)[row].mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("label", [8, 200, 2**31 + 5, 2**32 + 1])
+def test_a_label_outside_the_vocabulary_is_an_error_or_nan(label):
+    logits = jnp.asarray(np.random.default_rng(4).normal(size=(1, 3, 8)), jnp.float32)
+    labels = np.array([[1, label, 0]], np.min_scalar_type(label))  # unsigned, 8 to 64 bits
+    message = f"`targets` must be negative .* size 8, got {label}"
+    with pytest.raises(ValueError, match=message):
+        next_token_loss(logits, labels)
+    if label < 2**32:
+        jitted = jax.jit(jax.value_and_grad(next_token_loss))(logits, labels)
+        assert np.isnan(jitted[0])
+        assert np.isnan(jitted[1][0, 1]).all()
+    real = np.array([[True, False, True]])
+    kept = next_token_loss(logits, labels, real=real)
+    assert_close(kept, by_hand(logits, [[1, -1, 0]])[0], atol=1e-6)
+    with pytest.raises(TypeError, match="`targets` must be an integer array, got float32"):
+        next_token_loss(logits, np.ones((1, 3), "f4"))
+    with pytest.raises(TypeError, match="`real` must be boolean, got int32"):
+        next_token_loss(logits, labels, real=np.ones((1, 3), "i4"))
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_labels_mean_the_same_where_the_vocabulary_is_split(kind):
+    the_mesh, axes = mesh(kind, dp=2, tp=4), MeshAxes(batch="dp", heads="tp")
+    rng = np.random.default_rng(5)
+    logits, labels = rng.normal(size=(2, 4, 16)).astype("f4"), np.array(LABELS)
+    labels[0, 0] = 15
+    spoilt = np.where(labels[..., None] < 0, np.float32(np.nan), logits)
+    lay = lambda x, spec: jax.device_put(x, jax.NamedSharding(the_mesh, spec))
+    both = jax.jit(
+        lambda x, y: jax.value_and_grad(next_token_loss)(x, y, axes=axes),
+    )
+    with jax.set_mesh(the_mesh):
+        x = lay(spoilt, axes.logits)
+        loss, gradient = both(x, lay(labels.astype("i4"), axes.tokens))
+        labels[1, 1] = 16
+        far = lay(labels.astype("i4"), axes.tokens)
+        torn, torn_gradient = both(x, far)
+        with pytest.raises(ValueError, match="`targets` must be negative .* size 16, got 16"):
+            next_token_loss(x, far, axes=axes)
+    assert np.isnan(torn)
+    np.testing.assert_array_equal(np.isnan(torn_gradient).any(-1), labels == 16)
+    labels[1, 1] = 0
+    expected, expected_gradient = by_hand(logits, labels)
+    assert_close(loss, expected, atol=1e-6)
+    assert_close(gradient, expected_gradient, atol=1e-6)
+
+
+def test_a_step_ignores_negative_targets_and_refuses_those_outside_the_vocabulary():
+    optimizer = optax.sgd(1.0)
+    rng = np.random.default_rng(6)
+    tokens = rng.integers(0, 40, (2, 7)).astype(np.int32)
+    targets = rng.integers(0, 40, (2, 7))
+    targets[:, ::2] = -100
+    segments = np.array([[0] * 7, [0] * 4 + [-1] * 3], np.int32)
+    state = TrainState.create(build(SMALL, 4), optimizer)
+    logits = jax.jit(Decoder.__call__)(state.decoder, jnp.asarray(tokens), segment_ids=segments)
+    expected, _ = by_hand(logits, np.where(segments < 0, -1, targets))
+    targets[1, 5] = 10**9  # on padding
+    for outside in (40, 2**32 + 1):
+        torn = targets.copy()
+        torn[0, 1] = outside
+        with pytest.raises(ValueError, match=f"`targets` must be negative .* 40, got {outside}"):
+            train_step(state, tokens, optimizer=optimizer, targets=torn, segment_ids=segments)
+    with pytest.raises(ValueError, match=re.escape("`segment_ids` must have shape (2, 7), got")):
+        train_step(state, tokens, optimizer=optimizer, segment_ids=segments[:, :6])
+    options = dict(optimizer=optimizer, segment_ids=segments)
+    state, loss, norm = train_step(state, tokens, targets=targets, **options)
+    assert_close(loss, expected, atol=1e-5)
+    assert np.isfinite(norm)
+    torn = jnp.asarray(np.where(segments < 0, -1, 40), jnp.int32)  # values that only a device has
+    state, loss, norm = train_step(state, tokens, targets=torn, **options)
+    assert np.isnan(loss)
+    assert np.isnan(norm)
 
 
 def test_thirty_steps_learn_and_the_state_is_donated():
