@@ -16,7 +16,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gqa_j
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: demo test test-all check format notebooks bench test-newest test-gpu clean
+.PHONY: demo test test-all mutants check format notebooks bench test-newest test-gpu clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m gqa_jax demo
@@ -28,11 +28,15 @@ test: $(VENV)/.ready
 test-all: $(VENV)/.ready
 	GQA_JAX_ALL=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal tests
 
+# Puts each fault of tests/mutants.py into a copy of the project; the suite must notice every one.
+mutants: $(VENV)/.ready
+	$(RUN) -m tests.mutants
+
 check: $(VENV)/.ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m basedpyright
-	$(RUN) -m pytest -q -p no:cacheprovider tests/test_house.py
+	$(RUN) -m pytest -q -p no:cacheprovider --noconftest tests/test_house.py
 
 format: $(VENV)/.ready
 	$(RUN) -m ruff check --fix .

@@ -171,6 +171,15 @@ def test_window_means_exactly_that_many_keys():
         assert np.flatnonzero(seen[t]).tolist() == list(range(max(0, t - 3), t + 1))
 
 
+def test_a_query_sees_the_first_key_of_a_tile():
+    """A lone query at the very position where the second tile of keys begins."""
+    first = tuning.blocks(1, 1, 1, 1, 600).keys
+    assert first < 600
+    key, value = jnp.zeros((1, 600, 1, 8)), jnp.zeros((1, 600, 1, 8)).at[0, first].set(first + 1.0)
+    out = pk.gqa_attention(jnp.zeros((1, 1, 1, 8)), key, value, is_causal=True, q_offset=first)
+    assert_close(out, np.ones((1, 1, 1, 8)), atol=1e-6)
+
+
 def test_packed_sequences_equal_separate_calls():
     draw = np.random.default_rng(11)
     lengths, kv_lengths = (5, 0, 7, 3), (6, 2, 7, 1)

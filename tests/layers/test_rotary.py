@@ -98,13 +98,19 @@ def test_scaling_equals_hugging_face(scaling, parameters, rotary_dim):
     assert concentration == pytest.approx(theirs.attention_scaling, rel=1e-6)
 
 
+def test_the_concentration_multiplies_every_rotated_channel():
+    scaling = YarnScaling(factor=8.0, original_max_positions=64, attention_factor=1.5)
+    cos, sin = rotary_tables(RopeConfig(scaling=scaling), 16, jnp.arange(300)[None])
+    assert_close(cos**2 + sin**2, np.full((1, 300, 8), 1.5**2), atol=1e-5)
+
+
 @pytest.mark.torch
-def test_interleaved_sections_equal_hugging_face():
+@pytest.mark.parametrize("sections", [(3, 3, 2), (6, 1, 1), (2, 3, 3)])
+def test_interleaved_sections_equal_hugging_face(sections):
     torch = pytest.importorskip("torch")
     from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
     from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedding
 
-    sections = (3, 3, 2)
     config = Qwen3_5TextConfig(
         head_dim=16,
         rope_parameters={
