@@ -153,6 +153,20 @@ def test_step_updates_a_donated_cache_in_place():
     assert not rewritten, f"the cache is copied: {rewritten}"
 
 
+def test_steps_compile_once():
+    layer, traces = build(VARIANTS["everything"]), []
+
+    @jax.jit
+    def step(x, cache):
+        traces.append(x.shape)
+        return layer.step(x, cache)
+
+    cache = layer.init_cache(2, 16)
+    for t in range(5):
+        _, cache = step(draw(t, 2, 1, 24), cache)
+    assert traces == [(2, 1, 24)]
+
+
 def test_a_full_cache_raises_outside_jit_and_gives_nan_inside():
     layer = build(BASE)
     _, cache = layer.step(draw(0, 2, 6, 24), layer.init_cache(2, 8))
