@@ -1,15 +1,14 @@
 """Configurations: frozen, keyword-only, without behaviour; one that exists is valid. Errors name field, value, rule."""
 
 import dataclasses
-import os
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Collection
+from typing import Any, Literal, get_args
 
 QKNorm = Literal["none", "rms", "rms_zero_centred", "l2"]
 LayerKind = Literal["full_attention", "sliding_attention", "linear_attention"]
 
 
-def _require(condition: bool, message: str) -> None:
+def _require(condition: Any, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
@@ -308,6 +307,8 @@ class DecoderConfig:
       norm_eps, norm_zero_centred: RMS norms of the residual stream; zero-centred multiplies by 1 + w.
       tie_embeddings: the output projection is the transposed embedding.
       family: Hugging Face `model_type` that the config was read from or is saved as; None for none.
+      source: folder that `checkpoint.load_hf` read; `save_hf` takes the tokenizer and other such files from it.
+      stop_tokens, pad_token: ids that end a text (end-of-sequence tokens) and fill what is behind; for `generate`.
       scan_layers: scan over the repeating pattern of layers (stacked parameters, one compile per pattern).
       remat: recompute each layer in the backward pass.
     """
@@ -325,40 +326,33 @@ class DecoderConfig:
     norm_zero_centred: bool = False
     tie_embeddings: bool = False
     family: str | None = None
+    source: str | None = None
+    stop_tokens: tuple[int, ...] = ()
+    pad_token: int | None = None
     scan_layers: bool = False
     remat: bool = False
 
     def __post_init__(self):
         _require_positive(self, "vocab_size", "model_dim")
         _require(len(self.layers) > 0, "`layers` must name at least one layer")
-        for kind in self.layers:
-            _require(
-                kind in ("full_attention", "sliding_attention", "linear_attention"),
-                f"`layers` must hold full_attention, sliding_attention or linear_attention, got {kind!r}",
-            )
         kinds = set(self.layers)
-        if kinds & {"full_attention", "sliding_attention"}:
-            _require(
-                self.attention is not None,
-                "`attention` must be given when `layers` has attention layers",
+        if strange := kinds - set(get_args(LayerKind)):
+            raise ValueError(
+                f"`layers` must hold full_attention, sliding_attention or linear_attention, got {min(strange)!r}"
             )
-        if "linear_attention" in kinds:
+        linear = kinds & {"linear_attention"}
+        for name, needing in (("attention", kinds - linear), ("gated_deltanet", linear)):
+            config = getattr(self, name)
+            _require(config or not needing, f"`{name}` must be given for `layers` of {needing}")
             _require(
-                self.gated_deltanet is not None,
-                "`gated_deltanet` must be given when `layers` has linear_attention layers",
+                not config or config.model_dim == self.model_dim,
+                f"`{name}.model_dim` must equal `model_dim={self.model_dim}`, got {config}",
             )
         if "sliding_attention" in kinds:
             _require(
                 self.sliding_window is not None and self.sliding_window > 0,
                 f"`sliding_window` must be positive when `layers` has sliding_attention, got {self.sliding_window}",
             )
-        for name in ("attention", "gated_deltanet"):
-            config = getattr(self, name)
-            if config is not None:
-                _require(
-                    config.model_dim == self.model_dim,
-                    f"`{name}.model_dim={config.model_dim}` must equal `model_dim={self.model_dim}`",
-                )
         if self.moe_layers is not None:
             _require(
                 len(self.moe_layers) == len(self.layers),
@@ -376,11 +370,11 @@ class DecoderConfig:
             _require_positive(self, "intermediate_size")
 
     @classmethod
-    def from_hf(cls, source: Mapping[str, Any] | str | os.PathLike) -> "DecoderConfig":
+    def from_hf(cls, source: Any, *, ignore: Collection[str] = ()) -> "DecoderConfig":
         """The config of a Hugging Face `config.json`: its dict, its path or its folder's (`hf_config.from_hf`)."""
         from gqa_jax import hf_config  # it imports this module
 
-        return hf_config.from_hf(source)
+        return hf_config.from_hf(source, ignore=ignore)
 
     def is_moe(self, layer: int) -> bool:
         """Whether the feed-forward block of `layer` is a mixture of experts."""

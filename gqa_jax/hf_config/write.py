@@ -12,7 +12,8 @@ from gqa_jax.config import (
     Llama3Scaling,
     YarnScaling,
 )
-from gqa_jax.hf_config.families import FAMILIES, IRRELEVANT, Family
+from gqa_jax.hf_config.families import FAMILIES, Family
+from gqa_jax.hf_config.fields import is_inert
 from gqa_jax.hf_config.read import from_hf
 
 
@@ -23,7 +24,8 @@ def to_hf_config(
 
     Args:
       config: `config.family` names the `model_type`.
-      extra: fields that do not concern the decoder, such as token ids and `max_position_embeddings`.
+      extra: fields that do not concern the decoder, such as `bos_token_id` and `max_position_embeddings`; they win
+        over those of `config`.
 
     Raises:
       ValueError: no family, a config that the family cannot express, or an `extra` field that would change the model.
@@ -42,14 +44,7 @@ def to_hf_config(
     if family.hybrid and config.gated_deltanet is None:
         raise ValueError(f"`config.gated_deltanet` must be given for {config.family!r}")
     values = _write(family, config)
-    for name, value in (extra or {}).items():
-        if name not in IRRELEVANT:
-            raise ValueError(
-                f"`extra` must hold only fields that do not change the model, got {name!r}"
-            )
-        values[name] = value
-    expressed = from_hf(values)
-    wanted = _mathematics(config)
+    expressed, wanted = from_hf(values), _mathematics(config)
     if expressed != wanted:
         differing = [
             f"{field.name}={getattr(wanted, field.name)!r}"
@@ -57,7 +52,12 @@ def to_hf_config(
             if getattr(wanted, field.name) != getattr(expressed, field.name)
         ]
         raise ValueError(f"family {config.family!r} cannot express {', '.join(differing)}")
-    return values
+    for name, value in (extra or {}).items():
+        if not is_inert(name, value) or (name in values and not is_inert(name, True)):
+            raise ValueError(
+                f"`extra` must hold only fields that do not change the model, got {name!r}"
+            )
+    return values | dict(extra or {})
 
 
 def _write(family: Family, config: DecoderConfig) -> dict[str, Any]:
@@ -77,6 +77,11 @@ def _write(family: Family, config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "rope_parameters": _write_rope(family, attention),
     }
+    if config.stop_tokens:
+        several = len(config.stop_tokens) > 1
+        values["eos_token_id"] = list(config.stop_tokens) if several else config.stop_tokens[0]
+    if config.pad_token is not None:
+        values["pad_token_id"] = config.pad_token
     if family.qkv_bias is None or attention.head_dim * attention.num_heads != config.model_dim:
         values["head_dim"] = attention.head_dim  # Qwen2 has no such field, but heeds it
     if family.qkv_bias is None:
@@ -168,4 +173,6 @@ def _mathematics(config: DecoderConfig) -> DecoderConfig:
         fresh = {f.name: f.default for f in dataclasses.fields(GatedDeltaNetConfig)}
         runtime = ("chunk_size", "decay_init", "A_init_range")
         gdn = dataclasses.replace(gdn, **{name: fresh[name] for name in runtime})
-    return dataclasses.replace(config, gated_deltanet=gdn, scan_layers=False, remat=False)
+    return dataclasses.replace(
+        config, gated_deltanet=gdn, source=None, scan_layers=False, remat=False
+    )
