@@ -10,9 +10,13 @@ from pallas_kernels.attention.blockwise.layout import start_of, take, tile_token
 
 def product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
     """A batched matrix product accumulated in float32 (float64); float32 operands are not rounded first."""
-    # Products of bfloat16 are exact in float32, and "highest" would cost XLA's CPU its bfloat16 instructions.
-    precision = "default" if left.dtype == jnp.bfloat16 else "highest"
-    compute = algebra.compute_dtype(left.dtype)
+    precision, compute = "highest", algebra.compute_dtype(left.dtype)
+    if left.dtype == jnp.bfloat16:
+        # Products of bfloat16 are exact in float32, and "highest" would cost XLA's CPU its bfloat16 instructions.
+        precision = "default"
+        # XLA's CPU chooses the kernel of a product before it undoes loops of one step; a transpose from outside of the
+        # loop, folded into the left operand after that, leaves a product that no kernel can run.
+        left = lax.optimization_barrier(left)
     return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=compute)
 
 
