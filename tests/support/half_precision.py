@@ -10,14 +10,16 @@ from tests.support.compare import assert_close
 def check(function, operands, dtype) -> None:
     """Outputs and gradients of `function(*operands)` under `jit` in `dtype` against float32, element by element.
 
-    Both see the same numbers, rounded to `dtype`. Two roundings of `dtype` on the way to a result of size 1, and as many
-    again for what they are summed into: 16 units of its last place, relative to the largest element.
+    Both see the same numbers, rounded to `dtype`. A few roundings on the way, and those that a sum of several rounded
+    terms collects: 16 units in the last place of the largest element.
     """
 
     @jax.jit
     def run(operands):
         outputs, pull = jax.vjp(lambda *given: jax.tree.leaves(function(*given)), *operands)
-        cotangents = [jnp.cos(jnp.arange(o.size, dtype=jnp.float32)).reshape(o.shape) for o in outputs]
+        cotangents = [
+            jnp.cos(jnp.arange(o.size, dtype=jnp.float32)).reshape(o.shape) for o in outputs
+        ]
         return outputs, pull([c.astype(o.dtype) for c, o in zip(cotangents, outputs, strict=True)])
 
     narrow = tuple(jnp.asarray(array).astype(dtype) for array in operands)
