@@ -1,8 +1,8 @@
 """Decoders from and to Hugging Face checkpoints."""
 
 from gqa_jax.checkpoint.decoder import load_hf, parameters, save_hf
+from gqa_jax.checkpoint.folder import HFFolder
 from gqa_jax.checkpoint.huggingface import (
-    HFFolder,
     export_hf,
     hf_names,
     import_hf,

@@ -1,13 +1,14 @@
 """A `Decoder` from a Hugging Face folder and back."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
-from gqa_jax.checkpoint.huggingface import read_hf, write_hf
+from gqa_jax.checkpoint.folder import HFFolder
+from gqa_jax.checkpoint.huggingface import import_hf, placed, write_hf
 from gqa_jax.checkpoint.rules import Path
 from gqa_jax.config import DecoderConfig
 from gqa_jax.context_parallel import ContextParallel
@@ -21,6 +22,7 @@ def load_hf(
     path: str | os.PathLike,
     *,
     config: DecoderConfig | None = None,
+    ignore: Collection[str] = (),
     mesh: jax.sharding.Mesh | None = None,
     axes: MeshAxes | None = None,
     context_parallel: ContextParallel | None = None,
@@ -35,6 +37,7 @@ def load_hf(
     Args:
       path: folder with `config.json` and safetensors, single or sharded.
       config: None reads `config.json`; given, for example with `scan_layers=True`, it must describe the same model.
+      ignore: fields of `config.json` to read as if they were absent, see `DecoderConfig.from_hf`.
       mesh: where the parameters go; the files are the same for every mesh.
       axes, context_parallel: of the decoder; parameters are split over the mesh as `gqa_jax.sharding` says. Without
         `axes` they are replicated where `shardings` says nothing.
@@ -51,7 +54,12 @@ def load_hf(
       >>> decoder(tokens).shape  # doctest: +SKIP
       (1, 12, 151936)
     """
-    config = DecoderConfig.from_hf(path) if config is None else config
+    if config is not None and ignore:
+        raise ValueError(f"`ignore` must be empty when `config` is given, got {ignore}")
+    config = DecoderConfig.from_hf(path, ignore=ignore) if config is None else config
+    pairs = import_hf(
+        config, HFFolder(path), dtype=dtype
+    )  # names compared before anything is built
     if axes is not None and mesh is None:
         raise ValueError(f"`mesh` must be given with `axes={axes}`, got None")
     abstract = nnx.eval_shape(
@@ -70,7 +78,7 @@ def load_hf(
             return jax.NamedSharding(mesh, jax.P())
         return by_rule(".".join(map(str, leaf)), shapes[leaf])
 
-    arrays = read_hf(path, config, dtype=dtype, shardings=place)
+    arrays = placed(pairs, place)
     if strangers := flat.keys() ^ arrays.keys():
         raise ValueError(
             f"Decoder and checkpoint rules disagree about {sorted(map(str, strangers))}"

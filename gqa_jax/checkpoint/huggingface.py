@@ -12,61 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gqa_jax.checkpoint.folder import INDEX, SINGLE, HFFolder, listed
 from gqa_jax.checkpoint.rules import Dialect, Path, Rule, rules
-from gqa_jax.checkpoint.safetensors_file import TensorFile, TensorSpec, write_tensors
+from gqa_jax.checkpoint.safetensors_file import TensorSpec, write_tensors
 from gqa_jax.config import DecoderConfig
 from gqa_jax.hf_config import to_hf_config
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LANGUAGE_MODEL = "model.language_model."
 _FUSED_EXPERTS = "mlp.experts.gate_up_proj"
 # What transformers ignores as well: multi-token-prediction heads, vision towers, RoPE tables of early Llamas.
 _IGNORED = re.compile(r"^mtp\.|^model\.visual\.|\.rotary_emb\.inv_freq$")
-
-
-class HFFolder(Mapping[str, np.ndarray]):
-    """The tensors of a folder (`model.safetensors`, or the shards of its index) as read-only views of its files."""
-
-    def __init__(self, path: str | os.PathLike):
-        """Reads the headers.
-
-        Raises:
-          ValueError: no safetensors in the folder, or an index that does not agree with its files.
-        """
-        self.path = pathlib.Path(path)
-        index = self.path / INDEX
-        if (self.path / SINGLE).is_file():
-            where = None
-            names = [SINGLE]
-        elif index.is_file():
-            where = json.loads(index.read_text())["weight_map"]
-            names = sorted(set(where.values()))
-        else:
-            raise ValueError(f"`path` must be a folder that holds {SINGLE} or {INDEX}, got {path}")
-        self._files: dict[str, TensorFile] = {}
-        for name in names:
-            if not (self.path / name).is_file():
-                raise ValueError(f"{index} names {name}, which is not there")
-            file = TensorFile(self.path / name)
-            self._files |= dict.fromkeys(file.tensors, file)
-        if where is not None and where.keys() != self._files.keys():
-            strangers = sorted(where.keys() ^ self._files.keys())
-            raise ValueError(f"{index} and its files disagree about {_listed(strangers)}")
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name].read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._files[name].tensors[name].shape
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._files[name].dtype(name)
 
 
 def hf_names(config: DecoderConfig) -> dict[str, tuple[Path, ...]]:
@@ -83,36 +38,73 @@ def import_hf(
 ) -> Iterator[tuple[Path, np.ndarray]]:
     """Our parameters, one at a time, from Hugging Face tensors (an `HFFolder`, or a state dict of numpy arrays).
 
+    Names and shapes are compared on the call, tensors are read as the parameters are taken.
+
     Args:
       config: of the decoder.
       tensors: by Hugging Face name; looked up only when their parameter is next.
       dtype: cast to it; None keeps that of the tensors. Decay parameters of Gated DeltaNet become float32 in any case.
 
     Raises:
-      ValueError: missing or unexpected names, all listed; wrong shapes; tensors of one parameter that differ in dtype.
+      ValueError: missing or unexpected names, the first of them; wrong shapes and dtypes; tensors of one parameter
+        that differ in dtype.
 
     Example:
       >>> tree = dict(import_hf(config, HFFolder("Qwen3-0.6B")))  # doctest: +SKIP
     """
-    table = rules(config, _dialect(tensors))
-    _check_names(config, table, tensors)
-    for rule in table:
-        for name, expected in zip(rule.names, rule.hf_shapes, strict=True):
-            shape = tensors.shape(name) if isinstance(tensors, HFFolder) else tensors[name].shape
-            if tuple(shape) != expected:
-                raise ValueError(f"{name} must have shape {expected}, got {tuple(shape)}")
+    return _imported(_checked_rules(config, tensors), tensors, dtype)
+
+
+def _imported(
+    table: list[Rule], tensors: Mapping[str, np.ndarray], dtype: Any
+) -> Iterator[tuple[Path, np.ndarray]]:
     for rule in table:
         parts = [tensors[name] for name in rule.names]
         wanted = np.dtype(np.float32) if rule.float32 else dtype
         dtypes = {part.dtype for part in parts}
         if wanted is None and len(dtypes) > 1:
             raise ValueError(
-                f"{_listed(rule.names)} make one parameter and must share one dtype, or `dtype` must be given, "
-                f"got {_listed(sorted(map(str, dtypes)))}"
+                f"{listed(rule.names)} make one parameter and must share one dtype, or `dtype` must be given, "
+                f"got {listed(sorted(map(str, dtypes)))}"
             )
         if wanted is not None:
             parts = [part.astype(wanted, copy=False) for part in parts]
         yield from zip(rule.paths, rule.fuse(parts), strict=True)
+
+
+def _checked_rules(config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> list[Rule]:
+    """The rules of a decoder, once names, shapes and dtypes of `tensors` fit them."""
+    dialect = _dialect(tensors)
+    _check_counts(config, tensors, dialect)
+    table = rules(config, dialect)
+    _check_names(config, table, tensors)
+    for rule in table:
+        for name, expected in zip(rule.names, rule.hf_shapes, strict=True):
+            shape = tensors.shape(name) if isinstance(tensors, HFFolder) else tensors[name].shape
+            if tuple(shape) != expected:
+                raise ValueError(f"{name} must have shape {expected}, got {tuple(shape)}")
+            if isinstance(tensors, HFFolder):
+                tensors.dtype(name)  # must be one that we read
+    return table
+
+
+def _check_counts(
+    config: DecoderConfig, tensors: Mapping[str, np.ndarray], dialect: Dialect
+) -> None:
+    """Refuses a config of far more layers or experts than there are, whose very list of names would take minutes."""
+    prefix = f"{dialect.prefix}layers."
+    held = {name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)}
+    if held != {str(i) for i in range(len(config.layers))}:
+        raise ValueError(
+            f"`config` has {len(config.layers)} layers, the checkpoint holds tensors of {len(held)}: "
+            f"{listed(sorted(held, key=lambda i: (len(i), i)))}"
+        )
+    if config.moe is not None and not dialect.fused_experts:
+        experts = config.moe.num_experts * sum(map(config.is_moe, range(len(config.layers))))
+        if experts > len(tensors):
+            raise ValueError(
+                f"`config` has {config.moe.num_experts} experts per layer, the checkpoint only {len(tensors)} tensors"
+            )
 
 
 def export_hf(
@@ -126,7 +118,7 @@ def export_hf(
         processes, all processes iterate together.
 
     Raises:
-      ValueError: paths that are missing or unexpected, all listed, or shapes that do not fit.
+      ValueError: paths that are missing or unexpected, the first of them, or shapes that do not fit.
 
     Example:
       >>> names = [name for name, _ in export_hf(config, tree)]  # doctest: +SKIP
@@ -161,8 +153,20 @@ def read_hf(
       (151936, 1024)
     """
     config = DecoderConfig.from_hf(path) if config is None else config
+    return placed(import_hf(config, HFFolder(path), dtype=dtype), shardings)
+
+
+def placed(
+    parameters: Iterator[tuple[Path, np.ndarray]],
+    shardings: Callable[[Path], jax.sharding.Sharding | None] | None = None,
+) -> dict[Path, jax.Array]:
+    """Parameters on device, each placed before the next is read.
+
+    Raises:
+      ValueError: float64 while 64-bit types are disabled.
+    """
     tree = {}
-    for leaf, array in import_hf(config, HFFolder(path), dtype=dtype):
+    for leaf, array in parameters:
         if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
             raise ValueError(
                 f"`dtype` must be given: {leaf} is {array.dtype} and 64-bit types are disabled"
@@ -230,7 +234,7 @@ def _write(
     strangers = {p.name for p in folder.glob("*.safetensors")} - set(files)
     if strangers:
         raise ValueError(
-            f"`path` must not hold other safetensors files, got {_listed(sorted(strangers))}"
+            f"`path` must not hold other safetensors files, got {listed(sorted(strangers))}"
         )
     tensors = (array for _, array in export_hf(config, parameters))
     for name, specs in zip(files, shards, strict=True):
@@ -271,10 +275,10 @@ def _check_names(
             )
         present.remove(head)
     if missing := sorted(expected - present):
-        raise ValueError(f"the checkpoint misses {len(missing)} tensors: {_listed(missing)}")
+        raise ValueError(f"the checkpoint misses {len(missing)} tensors: {listed(missing)}")
     if unexpected := sorted(present - expected):
         raise ValueError(
-            f"the checkpoint holds {len(unexpected)} unexpected tensors: {_listed(unexpected)}"
+            f"the checkpoint holds {len(unexpected)} unexpected tensors: {listed(unexpected)}"
         )
 
 
@@ -283,10 +287,10 @@ def _check_parameters(table: list[Rule], parameters: Mapping[Path, Any]) -> None
         path: shape for rule in table for path, shape in zip(rule.paths, rule.shapes, strict=True)
     }
     if missing := sorted(".".join(map(str, path)) for path in shapes.keys() - parameters.keys()):
-        raise ValueError(f"`parameters` misses {len(missing)} paths: {_listed(missing)}")
+        raise ValueError(f"`parameters` misses {len(missing)} paths: {listed(missing)}")
     if unexpected := sorted(".".join(map(str, p)) for p in parameters.keys() - shapes.keys()):
         raise ValueError(
-            f"`parameters` holds {len(unexpected)} unexpected paths: {_listed(unexpected)}"
+            f"`parameters` holds {len(unexpected)} unexpected paths: {listed(unexpected)}"
         )
     for path, shape in shapes.items():
         if tuple(parameters[path].shape) != shape:
@@ -296,8 +300,8 @@ def _check_parameters(table: list[Rule], parameters: Mapping[Path, Any]) -> None
     for rule in table:
         dtypes = {str(parameters[path].dtype) for path in rule.paths}
         if len(dtypes) > 1:
-            named = _listed([".".join(map(str, path)) for path in rule.paths])
-            raise ValueError(f"{named} must share one dtype, got {_listed(sorted(dtypes))}")
+            named = listed([".".join(map(str, path)) for path in rule.paths])
+            raise ValueError(f"{named} must share one dtype, got {listed(sorted(dtypes))}")
 
 
 def _specs(table: list[Rule], parameters: Mapping[Path, Any]) -> Iterator[TensorSpec]:
@@ -343,8 +347,3 @@ def _whole(array: Any) -> np.ndarray:
 
 def _bits(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).view(np.uint8)
-
-
-def _listed(names: Any) -> str:
-    names = list(names)
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

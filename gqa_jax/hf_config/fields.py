@@ -1,9 +1,9 @@
 """The fields of a config: read with a type, known not to matter, or refused by name; and JSON files of strangers."""
 
 import json
-import math
 import os
 import pathlib
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -113,7 +113,7 @@ class Fields:
             return default
         accepted = (int, float) if kind is float else kind
         known = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-        if not known or (kind is float and not abs(value) < math.inf):
+        if not known or (kind is float and not abs(value) <= sys.float_info.max):
             raise _wrong(name, _KINDS[kind], value)
         if kind is int and not minimum <= value <= MAX_INT:
             raise _wrong(name, f"in [{minimum}, {MAX_INT}]", value)

@@ -281,6 +281,8 @@ def _read_rope(family: Family, fields: Fields, head_dim: int) -> RopeConfig:
         rope = Fields(new or old)
         theta = rope.take("rope_theta", float, theta)
         partial = rope.take("partial_rotary_factor", float, partial)
+        if not 0.0 < partial <= 1.0:
+            raise ValueError(f"`config.partial_rotary_factor` must be in (0, 1], got {partial}")
         if partial != 1.0 and not family.hybrid:
             raise ValueError(
                 f"`config.partial_rotary_factor` must be 1 in this family, got {partial}"
