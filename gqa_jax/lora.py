@@ -9,6 +9,7 @@ adapter per projection, are in `lora_peft`.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from gqa_jax.projection import Projection
@@ -47,6 +49,8 @@ class LoRAConfig:
             raise ValueError(f"`rank` must be a positive int, got {self.rank}")
         if not self.alpha > 0:
             raise ValueError(f"`alpha` must be positive, got {self.alpha}")
+        if math.isinf(self.alpha):
+            raise ValueError(f"`alpha` must be finite, got {self.alpha}")
         unknown = [name for name in self.targets if name not in TARGETS]
         if unknown or not self.targets:
             raise ValueError(f"`targets` must be names out of {TARGETS}, got {self.targets}")
@@ -154,7 +158,7 @@ class LoRAProjection(nnx.Module):
         norm = adapted_norm(
             *jax.lax.stop_gradient((kernel, a, b)), self.scaling, split_over=self.split_over
         )
-        ratio = along(self.magnitude[...].astype(jnp.float32) / norm)
+        ratio = along(_ratio(self.magnitude[...], norm))
         if self.bias is None:
             return ratio * (out + delta)
         bias = along(self.bias[...])
@@ -180,7 +184,7 @@ def apply(
       model: any module with our projections under the names that `config.targets` lists.
       config: rank, scaling, targets.
       rngs: the `params` stream draws A.
-      param_dtype: of the adapters.
+      param_dtype: of the adapters; DoRA's magnitudes are float32 at least.
 
     Returns:
       the paths of the projections that carry an adapter now.
@@ -209,7 +213,9 @@ def apply(
         b = jnp.zeros((config.rank, *out_shape), param_dtype)
         magnitude = None
         if config.use_dora:
-            magnitude = adapted_norm(kernel, a, b, config.scaling).astype(param_dtype)
+            # At least float32: rounded, it would rescale the weights before anything is learnt.
+            wide = np.promote_types(param_dtype, jnp.float32)
+            magnitude = adapted_norm(kernel, a, b, config.scaling).astype(wide)
         setattr(parent, name, LoRAProjection(base, Adapter(a, b, magnitude, None, config.scaling)))
     return tuple(path for path, _, _ in found)
 
@@ -241,7 +247,7 @@ def merge(model: nnx.Module) -> dict[Path, Adapter]:
         new = kernel.astype(jnp.float32) + adapter.scaling * delta_kernel(adapter.a, adapter.b)
         if adapter.magnitude is not None:
             norm = adapted_norm(kernel, adapter.a, adapter.b, adapter.scaling)
-            new = new * _along(adapter.magnitude.astype(jnp.float32) / norm, new)
+            new = new * _along(_ratio(adapter.magnitude, norm), new)
             adapter = dataclasses.replace(adapter, base_norm=norm)
         adapted.base.kernel[...] = new.astype(kernel.dtype)
         setattr(parent, name, adapted.base)
@@ -253,12 +259,18 @@ def unmerge(model: nnx.Module, adapters: dict[Path, Adapter]) -> None:
     """Takes merged adapters out of their kernels again, up to the rounding of the kernel's dtype, and puts them beside.
 
     Raises:
-      ValueError: a path without a plain projection.
+      ValueError: a path without a plain projection, or a magnitude of 0, whose weights merging made 0.
     """
     plain = {path: (parent, name) for path, parent, name in projections(model)}
     missing = sorted(map(str, set(adapters) - set(plain)))
     if missing:
         raise ValueError(f"`adapters` must belong to plain projections of the model, got {missing}")
+    lost = [path for path, adapter in adapters.items() if _lost(adapter)]
+    if lost:
+        raise ValueError(
+            f"`adapters` must have magnitudes other than 0 to be taken out, got one at {lost}: merging "
+            "made its weights 0"
+        )
     for path, adapter in adapters.items():
         parent, name = plain[path]
         base = getattr(parent, name)
@@ -266,10 +278,24 @@ def unmerge(model: nnx.Module, adapters: dict[Path, Adapter]) -> None:
         old = kernel.astype(jnp.float32)
         if adapter.magnitude is not None:
             assert adapter.base_norm is not None
-            old = old * _along(adapter.base_norm / adapter.magnitude.astype(jnp.float32), old)
+            old = old / _along(_ratio(adapter.magnitude, adapter.base_norm), old)
         old = old - adapter.scaling * delta_kernel(adapter.a, adapter.b)
         base.kernel[...] = old.astype(kernel.dtype)
         setattr(parent, name, LoRAProjection(base, dataclasses.replace(adapter, base_norm=None)))
+
+
+def _ratio(magnitude: Array, norm: Array) -> Array:
+    """What DoRA multiplies an output's weights by; 1 where these are all 0 and have no direction to rescale."""
+    nonzero = norm > 0
+    return jnp.where(nonzero, magnitude.astype(jnp.float32) / jnp.where(nonzero, norm, 1.0), 1.0)
+
+
+def _lost(adapter: Adapter) -> bool:
+    """Whether merging has multiplied weights by 0, as far as values can be read."""
+    if adapter.magnitude is None or isinstance(adapter.magnitude, Tracer):
+        return False
+    assert adapter.base_norm is not None
+    return not bool(_ratio(adapter.magnitude, adapter.base_norm).all())
 
 
 def _along(per_output: Array, kernel: Array) -> Array:

@@ -1,25 +1,25 @@
 """LoRA adapters in the files of Hugging Face PEFT: `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT knows q_proj, k_proj, v_proj, gate_proj and up_proj; we have them fused. Splitting a fused adapter is exact: its
-A, which the parts share, is repeated. The other way it is exact only if the As of the parts are equal; otherwise fusing
-raises, or stacks them to one adapter of the sum of their ranks, which is exact again.
+PEFT knows q_proj, k_proj, v_proj, gate_proj and up_proj; we have them fused. Both ways are exact: splitting a fused
+adapter repeats its A, which the parts share; fusing stacks the As of the parts, where they differ, to one adapter of
+the sum of their ranks, and scaling factors that differ become a part of B.
 """
 
 import json
 import pathlib
 import re
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.flax import load_file
 from safetensors.numpy import save_file
 
-from gqa_jax import layout
+from gqa_jax import layout, peft_config
 from gqa_jax.attention import SelfAttention
 from gqa_jax.gated_deltanet import GatedDeltaNet
 from gqa_jax.lora import (
@@ -31,8 +31,7 @@ from gqa_jax.lora import (
     projections,
 )
 
-Differing = Literal["raise", "stack"]
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = peft_config.FILE, "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?"
@@ -79,51 +78,40 @@ def split(adapter: Adapter, *, name: str, layer: Any) -> dict[str, Part]:
 
 
 def fuse(
-    parts: Mapping[str, Part],
-    *,
-    name: str,
-    layer: Any,
-    scaling: float,
-    differing: Differing = "raise",
+    parts: Mapping[str, Part], *, name: str, layer: Any, scaling: float | Mapping[str, float]
 ) -> Adapter:
     """The inverse of `split`.
 
     Args:
-      parts: by the name of the torch layer; one that is missing is left unadapted.
+      parts: by the name of the torch layer; one that is missing is left unadapted. Where their As are equal they share
+        one, otherwise these are stacked to the sum of their ranks.
       name, layer: as for `split`.
-      scaling: alpha / r.
-      differing: what to do where the As differ: "raise", or "stack" them to the sum of their ranks.
+      scaling: alpha / r; or by part, which becomes a factor of its B unless all are equal.
 
     Raises:
-      ValueError: the As differ, names or shapes do not fit, or some parts have a magnitude and some have not.
+      ValueError: names or shapes do not fit, or some parts have a magnitude and some have not.
     """
     names, base = torch_names(name, layer), _base(layer, name)
     unknown = sorted(set(parts) - set(names))
     if unknown or not parts:
         raise ValueError(f"`parts` must hold some of {names}, got {sorted(parts)}")
-    if differing not in ("raise", "stack"):
-        raise ValueError(f"`differing` must be 'raise' or 'stack', got {differing!r}")
     in_shape, out_shape = base.kernel.shape[: base.num_in], base.kernel.shape[base.num_in :]
     widths = [
         array.shape[-1]
         for array in _split_outputs(np.zeros((1, int(np.prod(out_shape)))), name, layer)
     ]
     for torch_name, part in parts.items():
-        expected = (int(np.prod(in_shape)), widths[names.index(torch_name)])
-        rank = part.lora_A.shape[0]
-        if part.lora_A.shape != (rank, expected[0]) or part.lora_B.shape != (expected[1], rank):
-            raise ValueError(
-                f"`{torch_name}` must have lora_A [r, {expected[0]}] and lora_B [{expected[1]}, r], got "
-                f"{part.lora_A.shape} and {part.lora_B.shape}"
-            )
+        _check_part(torch_name, part, int(np.prod(in_shape)), widths[names.index(torch_name)])
     present = [torch_name for torch_name in names if torch_name in parts]
+    factors = dict.fromkeys(present, 1.0)
+    if isinstance(scaling, Mapping):
+        different = {scaling[n] for n in present}
+        if len(different) > 1:
+            factors, scaling = {n: scaling[n] for n in present}, 1.0
+        else:
+            scaling = different.pop()
     first = parts[present[0]].lora_A
     equal = all(np.array_equal(parts[n].lora_A, first) for n in present)
-    if not equal and differing == "raise":
-        raise ValueError(
-            f"`lora_A` must be the same for {', '.join(present)} to share one adapter, got different ones: "
-            "fuse with differing='stack' for an adapter of the sum of their ranks"
-        )
     ranks = [first.shape[0]] if equal else [parts[n].lora_A.shape[0] for n in present]
     a = first if equal else np.concatenate([parts[n].lora_A for n in present])
     outputs = []
@@ -131,13 +119,26 @@ def fuse(
         b = np.zeros((sum(ranks), width), np.float32)
         if torch_name in parts:
             start = 0 if equal else sum(ranks[: present.index(torch_name)])
-            own = parts[torch_name].lora_B.T
+            own = parts[torch_name].lora_B.T * np.float32(factors[torch_name])
             b[start : start + own.shape[0]] = own
         outputs.append(b)
     fused = _fuse_outputs(outputs, name, layer).reshape(sum(ranks), *out_shape)
     a, b = jnp.asarray(a.T.reshape(*in_shape, -1)), jnp.asarray(fused)
     magnitude = _fuse_magnitudes(parts, name, layer)
     return Adapter(a, b, magnitude, None, scaling)
+
+
+def _check_part(name: str, part: Part, size_in: int, size_out: int) -> None:
+    rank = part.lora_A.shape[0] if part.lora_A.ndim else 0
+    if rank < 1 or part.lora_A.shape != (rank, size_in) or part.lora_B.shape != (size_out, rank):
+        raise ValueError(
+            f"`{name}` must have lora_A [r, {size_in}] and lora_B [{size_out}, r], got "
+            f"{part.lora_A.shape} and {part.lora_B.shape}"
+        )
+    if part.magnitude is not None and part.magnitude.size != size_out:
+        raise ValueError(
+            f"`{name}` must have a magnitude of {size_out} numbers, got shape {part.magnitude.shape}"
+        )
 
 
 def save(model: nnx.Module, path: str | pathlib.Path, *, base_model: str | None = None) -> None:
@@ -194,53 +195,41 @@ def save(model: nnx.Module, path: str | pathlib.Path, *, base_model: str | None 
 
 
 def load(
-    model: nnx.Module, path: str | pathlib.Path, *, differing: Differing = "raise"
+    model: nnx.Module, path: str | pathlib.Path, *, ignore: Collection[str] = ()
 ) -> tuple[Path, ...]:
-    """Puts the adapters of a PEFT directory beside the projections of a model, in place.
+    """Puts the adapters of a PEFT directory beside the projections of a model, in place; exact, whatever was adapted.
 
     Args:
       model: a `Decoder` or one layer, without adapters.
       path: the directory.
-      differing: see `fuse`; adapters trained on separate projections need "stack".
+      ignore: settings of its `adapter_config.json` that may have any value; see `peft_config`.
 
     Returns:
       the paths of the projections that carry an adapter now.
 
     Raises:
-      ValueError: settings that have no counterpart here, or tensors that fit nothing in the model.
+      ValueError: files that are missing or broken, settings that have no counterpart here, tensors that contradict the
+        settings or fit nothing in the model.
     """
     directory = pathlib.Path(path)
-    config = json.loads((directory / CONFIG).read_text())
-    _check_config(config)
-    modules: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-    for key, tensor in load_file(directory / WEIGHTS).items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(f"`{WEIGHTS}` must hold LoRA tensors of linear layers, got {key!r}")
-        modules[match["module"]][match["part"]] = _float32(tensor)
-    torch_parts = {}
-    for module, tensors in modules.items():
-        if not {"lora_A", "lora_B"} <= set(tensors):
-            raise ValueError(f"`{module}` must have lora_A and lora_B, got {sorted(tensors)}")
-        torch_parts[module] = Part(
-            tensors["lora_A"], tensors["lora_B"], tensors.get("lora_magnitude_vector")
-        )
+    config = peft_config.read(directory, ignore=ignore)
+    torch_parts = _read_parts(directory, config)
     fused = []
     for at, parent, name in projections(model):
         try:
-            names = {_module_name(at, parent, n): n for n in torch_names(name, parent)}
+            modules = {n: _module_name(at, parent, n) for n in torch_names(name, parent)}
         except ValueError:
             continue  # no counterpart; if the files held one, it is left over below
-        parts = {n: torch_parts.pop(module) for module, n in names.items() if module in torch_parts}
+        parts = {n: torch_parts.pop(m) for n, m in modules.items() if m in torch_parts}
         if not parts:
             continue
         check_unstacked(at, getattr(parent, name))
-        scalings = {
-            _scaling(config, m, parts[n].lora_A.shape[0]) for m, n in names.items() if n in parts
-        }
-        if len(scalings) > 1:
-            raise ValueError(f"`lora_alpha / r` must be one for {sorted(names)}, got {scalings}")
-        adapter = fuse(parts, name=name, layer=parent, scaling=scalings.pop(), differing=differing)
+        scaling = {n: config.scaling(modules[n]) for n in parts}
+        try:
+            adapter = fuse(parts, name=name, layer=parent, scaling=scaling)
+        except ValueError as error:
+            where = ", ".join(modules[n] for n in parts)
+            raise ValueError(f"{WEIGHTS} does not fit the model at {where}: {error}") from None
         fused.append((at, parent, name, adapter))
     if torch_parts:
         raise ValueError(
@@ -249,6 +238,43 @@ def load(
     for _, parent, name, adapter in fused:
         setattr(parent, name, LoRAProjection(getattr(parent, name), adapter))
     return tuple(at for at, _, _, _ in fused)
+
+
+def _read_parts(directory: pathlib.Path, config: peft_config.PeftConfig) -> dict[str, Part]:
+    """The adapters by the name of the torch module, checked against the settings."""
+    if not (directory / WEIGHTS).is_file():
+        raise ValueError(
+            f"`path` must hold {WEIGHTS}, got {directory} with {sorted(f.name for f in directory.iterdir())}; write a "
+            ".bin file anew with PEFT's save_pretrained"
+        )
+    try:
+        stored = load_file(directory / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"`{directory / WEIGHTS}` must be a safetensors file: {error}") from None
+    modules: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    for key, tensor in stored.items():
+        match = _KEY.fullmatch(key)
+        if match is None or not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise ValueError(
+                f"`{WEIGHTS}` must hold LoRA tensors of linear layers, got {key!r} ({tensor.dtype})"
+            )
+        modules[match["module"]][match["part"]] = _float32(tensor)
+    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.use_dora else set())
+    parts = {}
+    for module, tensors in modules.items():
+        if set(tensors) != wanted:
+            listed = ", ".join(sorted(wanted)[:-1]) + f" and {max(wanted)}"
+            raise ValueError(
+                f"`{module}` must have {listed} in {WEIGHTS} as use_dora={config.use_dora}, got {sorted(tensors)}"
+            )
+        part = Part(tensors["lora_A"], tensors["lora_B"], tensors.get("lora_magnitude_vector"))
+        if part.lora_A.shape[:1] != (config.rank(module),):
+            raise ValueError(
+                f"`r` of {CONFIG} must be that of `{module}.lora_A` in {WEIGHTS}, of shape {part.lora_A.shape}, "
+                f"got {config.rank(module)}"
+            )
+        parts[module] = part
+    return parts
 
 
 def torch_names(name: str, layer: Any) -> list[str]:
@@ -327,32 +353,6 @@ def _fuse_magnitudes(parts: Mapping[str, Part], name: str, layer: Any):
         part = parts.get(torch_name)
         arrays.append(norm if part is None else np.asarray(part.magnitude).reshape(norm.shape))
     return jnp.asarray(_fuse_outputs(arrays, name, layer).reshape(out_shape))
-
-
-def _check_config(config: dict[str, Any]) -> None:
-    required = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "lora_bias": False}
-    for field, value in required.items():
-        if config.get(field, value) != value:
-            raise ValueError(f"`{field}` of {CONFIG} must be {value!r}, got {config[field]!r}")
-    if config.get("modules_to_save"):
-        raise ValueError(
-            f"`modules_to_save` of {CONFIG} must be empty, got {config['modules_to_save']}"
-        )
-    if config.get("lora_dropout"):
-        warnings.warn(
-            f"`lora_dropout={config['lora_dropout']}` of {CONFIG} has no counterpart here: further training goes "
-            "without dropout of the adapters' inputs",
-            stacklevel=3,
-        )
-
-
-def _scaling(config: dict[str, Any], module: str, rank: int) -> float:
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = value
-            break
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _float32(array: Any) -> np.ndarray:

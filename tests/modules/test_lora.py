@@ -127,6 +127,72 @@ def test_rank_stabilised_scaling_and_low_precision():
     assert layer.qkv.kernel[...].dtype == jnp.bfloat16
 
 
+def with_zeros():
+    """A layer with outputs whose weights are all 0 (one is so small that its square is 0 in float32)."""
+    layer = SelfAttention(BASE, rngs=nnx.Rngs(0))
+    layer.out.kernel[...] = layer.out.kernel[...].at[..., 3].set(0).at[..., 5].set(1e-30)
+    layer.qkv.kernel[...] = layer.qkv.kernel[...].at[:, 1, 2].set(0)
+    return layer
+
+
+def test_dora_on_weights_of_zero_changes_nothing_and_then_learns():
+    layer, x = with_zeros(), draw(0, 2, 5, 24)
+    plain = layer(x)
+    lora.apply(layer, DORA, rngs=nnx.Rngs(1))
+    loss = jax.jit(lambda m: (m(x) ** 2).sum() + m(x).sum())
+    assert_close(jax.jit(lambda m: m(x))(layer), plain, atol=1e-5)
+    for _ in range(3):  # fresh; then B is not 0 and the magnitude is; then neither is
+        grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(layer)
+        for path, value in nnx.to_flat_state(grads):
+            assert np.isfinite(np.asarray(value[...])).all(), path
+        state = nnx.state(layer, nnx.LoRAParam)
+        nnx.update(layer, jax.tree.map(lambda p, g: p - 1e-3 * g, state, grads))
+    assert np.abs(layer.out.magnitude[...][3]) > 0
+    learnt = layer(x)
+    lora.merge(layer)
+    assert_close(layer(x), learnt, atol=5e-5)
+    fresh = with_zeros()
+    kernels = {name: np.asarray(getattr(fresh, name).kernel[...]) for name in ("qkv", "out")}
+    lora.apply(fresh, DORA, rngs=nnx.Rngs(1))
+    adapters = lora.merge(fresh)
+    for _ in range(2):  # merged, then taken out again
+        for name, kernel in kernels.items():
+            assert_close(getattr(fresh, name).kernel[...], kernel, atol=1e-6)
+        if adapters:
+            lora.unmerge(fresh, adapters)
+            adapters = None
+
+
+def test_a_magnitude_of_zero_merges_and_is_not_taken_out():
+    layer, x = trained(adapted(DORA)), draw(0, 2, 5, 24)
+    layer.out.magnitude[...] = layer.out.magnitude[...].at[4].set(0)
+    expected, kernel = layer(x), explicit_kernel(layer.out)
+    adapters = lora.merge(layer)
+    assert_close(layer.out.kernel[...], kernel, atol=1e-5)
+    assert_close(layer(x), expected, atol=5e-5)
+    with pytest.raises(ValueError, match="`adapters` must have magnitudes other than 0"):
+        lora.unmerge(layer, adapters)
+
+
+@pytest.mark.parametrize(
+    "config", [PLAIN, DORA, lora.LoRAConfig(rank=3, alpha=2.0, use_rslora=True)]
+)
+def test_merging_into_bfloat16_rounds_once(config):
+    layer = SelfAttention(BASE, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    lora.apply(layer, config, rngs=nnx.Rngs(1), param_dtype=jnp.bfloat16)
+    if config.use_dora:
+        base = np.asarray(layer.qkv.kernel[...], np.float64)
+        assert_close(layer.qkv.magnitude[...], np.linalg.norm(base, axis=0), atol=1e-6)
+    trained(layer)
+    kernels = {name: explicit_kernel(getattr(layer, name)) for name in ("qkv", "out")}
+    lora.merge(layer)
+    for name, kernel in kernels.items():
+        merged = getattr(layer, name).kernel[...]
+        assert merged.dtype == jnp.bfloat16
+        # Half a unit in the last of 8 bits, and float32's error before it.
+        assert_close(merged, kernel, atol=1e-5, rtol=2**-8)
+
+
 # Splitting and fusing: the reference system's shapes ------------------------------------------------------------
 
 
@@ -183,7 +249,7 @@ def test_fuse_is_the_inverse_of_split(name, config, gate):
         assert_bitwise_equal(parts["q_proj"].lora_B[8:16], np.ascontiguousarray(b[:, 0, 2].T))
 
 
-def test_parts_with_different_a_raise_or_are_stacked_exactly():
+def test_parts_with_different_a_are_stacked_exactly():
     layer = SelfAttention(BASE, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     array = lambda *shape: rng.normal(size=shape).astype(np.float32)
@@ -191,17 +257,16 @@ def test_parts_with_different_a_raise_or_are_stacked_exactly():
         "q_proj": lora_peft.Part(array(3, 24), array(32, 3)),
         "v_proj": lora_peft.Part(array(2, 24), array(16, 2)),
     }
-    options = dict(name="qkv", layer=layer, scaling=2.0)
-    message = "`lora_A` must be the same for q_proj, v_proj to share one adapter"
-    with pytest.raises(ValueError, match=message):
-        lora_peft.fuse(parts, **options)
-    adapter = lora_peft.fuse(parts, **options, differing="stack")
-    assert adapter.rank == 5
-    change = np.asarray(lora.delta_kernel(adapter.a, adapter.b))
-    product = {n: (p.lora_B @ p.lora_A).T for n, p in parts.items()}
-    assert_close(change[:, :, :2].reshape(24, 32), product["q_proj"], atol=1e-5)
-    assert_close(change[:, :, 3].reshape(24, 16), product["v_proj"], atol=1e-5)
-    assert not change[:, :, 2].any()  # k_proj has no adapter
+    factors = {"q_proj": 0.7, "v_proj": 5.0}
+    for scaling in (2.0, factors):
+        adapter = lora_peft.fuse(parts, name="qkv", layer=layer, scaling=scaling)
+        assert adapter.rank == 5
+        change = adapter.scaling * np.asarray(lora.delta_kernel(adapter.a, adapter.b))
+        of = dict.fromkeys(parts, scaling) if scaling == 2.0 else scaling
+        product = {n: of[n] * (p.lora_B @ p.lora_A).T for n, p in parts.items()}
+        assert_close(change[:, :, :2].reshape(24, 32), product["q_proj"], atol=2e-5)
+        assert_close(change[:, :, 3].reshape(24, 16), product["v_proj"], atol=2e-5)
+        assert not change[:, :, 2].any()  # k_proj has no adapter
 
 
 @pytest.mark.parametrize(
@@ -209,7 +274,14 @@ def test_parts_with_different_a_raise_or_are_stacked_exactly():
     [
         (dict(parts={}), "`parts` must hold some of"),
         (dict(parts={"o_proj": None}), r"`parts` must hold some of .*, got \['o_proj'\]"),
-        (dict(differing="drop"), "`differing` must be 'raise' or 'stack', got 'drop'"),
+        (
+            dict(parts={"q_proj": lora_peft.Part(np.ones((3, 24)), np.ones((32, 3)), np.ones(16))}),
+            r"`q_proj` must have a magnitude of 32 numbers, got shape \(16,\)",
+        ),
+        (
+            dict(parts={"q_proj": lora_peft.Part(np.ones(()), np.ones((32, 3)))}),
+            r"`q_proj` must have lora_A \[r, 24\] and lora_B \[32, r\], got \(\)",
+        ),
         (dict(name="down"), "`name` must be a projection with a counterpart in PEFT"),
         (
             dict(parts={"q_proj": lora_peft.Part(np.ones((3, 24)), np.ones((16, 3)))}),
@@ -238,6 +310,7 @@ def test_bad_parts(change, message):
     [
         (lambda: lora.LoRAConfig(rank=0, alpha=1.0), "`rank` must be a positive int, got 0"),
         (lambda: lora.LoRAConfig(rank=1, alpha=0.0), "`alpha` must be positive, got 0.0"),
+        (lambda: lora.LoRAConfig(rank=1, alpha=float("inf")), "`alpha` must be finite, got inf"),
         (lambda: lora.LoRAConfig(rank=1, alpha=1.0, targets=("q_proj",)), "`targets` must be names out of"),
         (lambda: lora.apply(adapted(), PLAIN, rngs=nnx.Rngs(0)), "`model` must carry no adapters on its targets"),
         (lambda: lora.apply(MLP(4, 4, rngs=nnx.Rngs(0)), PLAIN, rngs=nnx.Rngs(0)), "`targets` must name projections"),
@@ -359,9 +432,7 @@ def test_an_adapter_trained_on_separate_projections_loads_by_stacking(tmp_path):
     write_peft(tmp_path, tensors)
     model = Decoder(DECODER, rngs=nnx.Rngs(0))
     before = np.asarray(model.layers[0].mixer.qkv.kernel[...])
-    with pytest.raises(ValueError, match="`lora_A` must be the same for q_proj, v_proj"):
-        lora_peft.load(model, tmp_path)
-    assert lora_peft.load(model, tmp_path, differing="stack") == (("layers", 0, "mixer", "qkv"),)
+    assert lora_peft.load(model, tmp_path) == (("layers", 0, "mixer", "qkv"),)
     lora_peft.save(model, tmp_path / "again")
     lora.merge(model)
     change = np.asarray(model.layers[0].mixer.qkv.kernel[...]) - before
@@ -414,6 +485,182 @@ def test_files_that_fit_nothing_are_refused(tensors, config, message, tmp_path):
     write_peft(tmp_path, tensors or q_and_v(), **config)
     with pytest.raises(ValueError, match=message):
         lora_peft.load(Decoder(DECODER, rngs=nnx.Rngs(0)), tmp_path)
+
+
+# Every setting of PEFT 0.21.2, with values other than its defaults.
+CHANGES_NOTHING = dict(
+    auto_mapping={"base_model_class": "X"}, base_model_name_or_path="a/b", ensure_weight_tying=True,
+    eva_config={"rho": 2.0}, exclude_modules=["lm_head"], inference_mode=True, init_lora_weights="gaussian",
+    layers_pattern="layers", layers_to_transform=[0], lora_ga_config={"scale": "stable"}, loftq_config={},
+    megatron_config={"a": 1}, megatron_core="other", peft_version="0.21.2", qalora_group_size=32, revision="main",
+    target_modules="all-linear", task_type="CAUSAL_LM", velora_config={"scale": 1.0}, corda_config={"verbose": True},
+    runtime_config={"ephemeral_gpu_offload": True}, modules_to_save=[], layer_replication=None,
+)  # fmt: skip
+IS_REFUSED = dict(
+    alora_invocation_tokens=[1, 2], arrow_config={"top_k": 2}, bias="lora_only", fan_in_fan_out=True,
+    init_lora_weights="pissa", kasa_config={"beta": 0.1}, layer_replication=[[0, 2], [1, 2]], lora_bias=True,
+    modules_to_save=["lm_head"], monteclora_config={"num_samples": 2}, peft_type="ADALORA", target_parameters=["w"],
+    trainable_token_indices=[3], use_bdlora={"nblocks": 2}, use_qalora=True, r=0, lora_alpha="16",
+    rank_pattern={"q": 0}, alpha_pattern={"(": 1.0}, use_dora=True, use_rslora=1, some_setting_of_tomorrow=0.5,
+)  # fmt: skip
+IS_READ = {
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+}  # tests above
+WARNS = {"lora_dropout"}
+
+
+def test_settings_that_change_nothing_are_accepted(tmp_path):
+    loaded = []
+    for settings in (
+        {},
+        CHANGES_NOTHING,
+        *({"init_lora_weights": x} for x in ("eva", False, "MiCA")),
+    ):
+        write_peft(tmp_path, q_and_v(), **settings)
+        model = Decoder(DECODER, rngs=nnx.Rngs(0))
+        lora_peft.load(model, tmp_path)
+        loaded.append(model.layers[0].mixer.qkv.adapter())
+    for adapter in loaded[1:]:
+        jax.tree.map(assert_bitwise_equal, adapter, loaded[0])
+
+
+@pytest.mark.parametrize("name", IS_REFUSED)
+def test_settings_that_change_the_function_are_refused_by_name(name, tmp_path):
+    write_peft(tmp_path, q_and_v(), **{name: IS_REFUSED[name]})
+    with pytest.raises(ValueError, match=name) as error:
+        lora_peft.load(Decoder(DECODER, rngs=nnx.Rngs(0)), tmp_path)
+    assert "adapter_" in str(error.value)
+
+
+def test_initialisations_that_change_the_base_are_refused_with_the_way_out(tmp_path):
+    for value in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "PiSSA", "new"):
+        write_peft(tmp_path, q_and_v(), init_lora_weights=value)
+        with pytest.raises(ValueError, match=f"got '{value}': .*path_initial_model_for_weight_con"):
+            lora_peft.load(Decoder(DECODER, rngs=nnx.Rngs(0)), tmp_path)
+        lora_peft.load(Decoder(DECODER, rngs=nnx.Rngs(0)), tmp_path, ignore=["init_lora_weights"])
+
+
+def test_the_settings_are_all_those_of_peft():
+    peft = pytest.importorskip("peft")
+    known = IS_READ | WARNS | CHANGES_NOTHING.keys() | IS_REFUSED.keys()
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_adapters_of_their_own_for_every_projection(use_dora, use_rslora, tmp_path):
+    """Ranks and alphas by pattern, one projection without an adapter, against float64 by hand."""
+    rng = np.random.default_rng(3)
+    model = Decoder(DECODER, rngs=nnx.Rngs(0))
+    mixer, mlp = model.layers[0].mixer, model.layers[0].mlp
+    ours = {
+        "q_proj": mixer.qkv.kernel[:, :, :2], "k_proj": mixer.qkv.kernel[:, :, 2], "v_proj": mixer.qkv.kernel[:, :, 3],
+        "o_proj": jnp.moveaxis(mixer.out.kernel[...], -1, 0), "gate_proj": mlp.gate_up.kernel[..., 0],
+        "up_proj": mlp.gate_up.kernel[..., 1],
+    }  # fmt: skip
+    weights = {n: np.asarray(w, np.float64).reshape(24, -1) for n, w in ours.items()}  # [in, out]
+    weights["o_proj"] = weights["o_proj"].T
+    rank = {"q_proj": 2, "k_proj": 3, "v_proj": 2, "o_proj": 2, "gate_proj": 4}
+    alpha = {"q_proj": 4.0, "k_proj": 1.5, "v_proj": -7.0, "o_proj": 4.0, "gate_proj": 4.0}
+    tensors, expected = {}, dict(weights)
+    for name, r in rank.items():
+        size_in, size_out = weights[name].shape
+        room = "mlp" if name == "gate_proj" else "self_attn"
+        a, b = (rng.normal(size=shape).astype("f4") for shape in ((r, size_in), (size_out, r)))
+        tensors |= {f"{room}.{name}.lora_A.weight": a, f"{room}.{name}.lora_B.weight": b}
+        factor = alpha[name] / (np.sqrt(r) if use_rslora else r)
+        wide = weights[name] + factor * (b.astype(np.float64) @ a.astype(np.float64)).T
+        if use_dora:
+            magnitude = rng.uniform(0.5, 2.0, size_out).astype("f4")
+            tensors[f"{room}.{name}.lora_magnitude_vector"] = magnitude
+            wide = wide / np.linalg.norm(wide, axis=0) * magnitude
+        expected[name] = wide
+    write_peft(
+        tmp_path, tensors, use_dora=use_dora, use_rslora=use_rslora,
+        rank_pattern={"k_proj": 3, "layers.0.mlp.gate_proj": 4},
+        alpha_pattern={"^model.layers.0.self_attn.k_proj": 1.5, ".*v_proj": -7, "proj": 99},
+    )  # fmt: skip
+    lora_peft.load(model, tmp_path)
+    mixer, mlp = model.layers[0].mixer, model.layers[0].mlp
+    x = draw(1, 2, 24)
+    y = jax.jit(lambda m: m(x))(mixer.qkv)
+    for _ in range(2):
+        for name, at in (("q_proj", y[:, :, :2]), ("k_proj", y[:, :, 2]), ("v_proj", y[:, :, 3])):
+            assert_close(at.reshape(2, -1), np.asarray(x, np.float64) @ expected[name], atol=2e-4)
+        both = mlp.gate_up(x)
+        assert_close(both[..., 0], np.asarray(x, np.float64) @ expected["gate_proj"], atol=2e-4)
+        assert_close(both[..., 1], np.asarray(x, np.float64) @ expected["up_proj"], atol=2e-4)
+        heads = draw(2, 1, 2, 2, 8)
+        assert_close(
+            mixer.out(heads),
+            np.asarray(heads, np.float64).reshape(1, 32) @ expected["o_proj"],
+            atol=2e-4,
+        )
+        if type(mixer.qkv) is lora.LoRAProjection:
+            lora.merge(model)
+            y = mixer.qkv(x)
+
+
+def change_files(path, **change):
+    """A valid adapter with one change."""
+    tensors = {k: v for k, v in q_and_v().items() if v is not None}
+    for name, value in change.pop("tensors", {}).items():
+        tensors[name] = value
+    write_peft(path, {k: v for k, v in tensors.items() if v is not None}, **change)
+
+
+Q = "self_attn.q_proj."
+ADAPTERS_FROM_STRANGERS = [
+    (dict(r=3), r"`r` of adapter_config.json must be that of `model.layers.0.self_attn.q_proj.lora_A`"),
+    (dict(rank_pattern={"v_proj": 5}), r"`r` of .* `model.layers.0.self_attn.v_proj.lora_A` .* got 5"),
+    (dict(r=True), "`r` of adapter_config.json must be a positive integer, got True"),
+    (dict(r="2"), "`r` of adapter_config.json must be a positive integer, got '2'"),
+    (dict(lora_alpha=float("nan")), "`lora_alpha` of adapter_config.json must be a finite number"),
+    (dict(rank_pattern=[1]), "`rank_pattern` of adapter_config.json must be positive integers by"),
+    (dict(tensors={Q + "lora_B.weight": np.ones((31, 2), "f4")}), r"at .*q_proj.*: `q_proj` must have .* \(31, 2\)"),
+    (dict(tensors={Q + "lora_A.weight": np.ones((2, 23), "f4")}), r"at .*q_proj.*: `q_proj` must have .* \(2, 23\)"),
+    (dict(tensors={Q + "lora_A.weight": np.ones((2, 24, 1), "f4")}), r"`q_proj` must have .* \(2, 24, 1\)"),
+    (dict(tensors={Q + "lora_A.weight": np.ones((), "f4")}), r"`r` of .* of shape \(\)"),
+    (dict(tensors={Q + "lora_A.weight": np.ones((2, 24), "i4")}), r"got '.*q_proj.lora_A.weight' \(int32\)"),
+    (dict(tensors={Q + "lora_magnitude_vector": np.ones(32, "f4")}), "q_proj` must have lora_A and lora_B in"),
+    (dict(tensors={Q + "lora_embedding_A": np.ones((2, 3), "f4")}), "must hold LoRA tensors of linear layers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change, message", ADAPTERS_FROM_STRANGERS)
+def test_an_adapter_that_contradicts_itself_is_refused(change, message, tmp_path):
+    change_files(tmp_path, **change)
+    with pytest.raises(ValueError, match=message):
+        lora_peft.load(Decoder(DECODER, rngs=nnx.Rngs(0)), tmp_path)
+
+
+def test_files_that_are_missing_or_broken_are_named(tmp_path):
+    def refused(message):
+        with pytest.raises(ValueError, match=message):
+            lora_peft.load(Decoder(DECODER, rngs=nnx.Rngs(0)), tmp_path)
+
+    refused(r"`path` must hold adapter_config.json, got")
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    change_files(tmp_path)
+    whole = weights.read_bytes()
+    weights.rename(tmp_path / "adapter_model.bin")
+    refused(r"`path` must hold adapter_model.safetensors, got .*adapter_model.bin.*save_pretrained")
+    for broken in (whole[:-1], whole[:100], b"", b"\xff" * 8 + whole[8:]):
+        weights.write_bytes(broken)
+        refused(r"adapter_model.safetensors` must be a safetensors file")
+    weights.write_bytes(whole)
+    for text, message in (
+        (b"[1]", "must hold a JSON object, got list"),
+        (b'{"r": 2', "adapter_config.json` must be JSON, got"),
+        (b"\xff\xfe\xff", "adapter_config.json` must be JSON, got"),
+    ):
+        config.write_bytes(text)
+        refused(message)
 
 
 def test_a_scanned_decoder_is_refused():
