@@ -65,8 +65,9 @@ class Recipe(NamedTuple):
 class Owner:
     """One wrapped function: its programs, and the shapes it was compiled for."""
 
-    def __init__(self, function: Callable, name: str, *, wide: Wide, warn_after: int):
+    def __init__(self, function: Callable, name: str, *, wide: Wide, save: bool, warn_after: int):
         self.function, self.name, self.warn_after = function, name, warn_after
+        self.save = save
         self.key = unique_key(name)
         self.wide: Wide = wide
         self.shapes: set[tuple[str, Signature]] = set()
@@ -120,6 +121,7 @@ class Program:
     def __init__(self, function: Callable, name: str, *, wide: Wide, owner: Owner | None = None):
         self.key, self.name = unique_key(name), name
         self.wide: Wide = wide
+        self.save = owner is None or owner.save
         self.out_tree: Any = None
         self.inexact_outs: tuple[bool, ...] = ()
         self._function = function
@@ -167,7 +169,7 @@ class Program:
 
     def vmap(self, in_axes: tuple[int | None, ...]) -> "Program":
         """The program over one more axis."""
-        mapped = lambda *xs: jax.vmap(self._function, in_axes=in_axes)(*xs)
+        mapped = lambda *xs: jax.vmap(self._outputs, in_axes=in_axes)(*xs)
         return self._derive("vmap", repr(in_axes), mapped)
 
     def _derive(self, kind: str, detail: str, function: Callable) -> "Program":

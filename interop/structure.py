@@ -84,7 +84,7 @@ def _rebuild(structure: Structure, leaves: Any, position: int) -> tuple[int, Any
     if kind == "dict":
         return position, {name: values[i] for i, name in enumerate(detail)}
     if kind == "namedtuple":
-        return position, detail(*values)
+        return position, tuple.__new__(detail, values)
     if kind == "dataclass":
         made, names, static = detail
         given = {name: values[i] for i, name in enumerate(names)}
