@@ -1,17 +1,22 @@
-"""Which implementation runs, and why each other one would not.
+"""For which machine, which implementation, and why each other one would not run.
 
 An operator lists its implementations in order of preference, each with `None` (it can) or the reason why it
-cannot. Nothing here catches exceptions: a choice is made before the implementation is traced.
+cannot. Nothing here catches an implementation's exceptions: a choice is made before it is traced.
+
+Which machine a program is for is one value, the `Target`: who compiles for another machine or interprets kernels sets
+it, everybody else asks it instead of JAX. The target and the tuned configurations are part of what JAX keys compiled
+programs by, a user's `jax.jit` included: where either changes, programs are traced anew.
 """
 
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 
-_ASSUMED: contextvars.ContextVar[str | None] = contextvars.ContextVar("assumed", default=None)
+HOPPER = "compute capability 9.0 (H100, H200)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Explanation:
 
     Attributes:
       operator: public name of the operator.
-      chosen: the implementation that runs with `implementation=None`, or None if none can.
+      chosen: the implementation that runs, or None if none can (or the one asked for cannot).
       reasons: implementation -> why it was not chosen ("" for the chosen one).
     """
 
@@ -32,6 +37,17 @@ class Explanation:
         lines = [f"{self.operator}: {self.chosen or 'no implementation can run this call'}"]
         lines += [f"  not {name}: {why}" for name, why in self.reasons.items() if why]
         return "\n".join(lines)
+
+
+class Explained(Exception):
+    """Ends a call that is to be explained instead of run: `resolve` raises it, `pallas_kernels.explain` catches it."""
+
+    def __init__(self, explanation: Explanation):
+        super().__init__(str(explanation))
+        self.explanation = explanation
+
+
+EXPLAINING: contextvars.ContextVar[bool] = contextvars.ContextVar("explaining", default=False)
 
 
 def resolve(operator: str, implementation: str | None, reasons: Mapping[str, str | None]) -> str:
@@ -46,15 +62,17 @@ def resolve(operator: str, implementation: str | None, reasons: Mapping[str, str
       ValueError: the name is unknown.
       NotImplementedError: the implementation asked for (or every one) cannot run this call.
     """
+    if implementation is not None and implementation not in reasons:
+        known = ", ".join(map(repr, reasons))
+        raise ValueError(f"`implementation` must be None or one of {known}, got {implementation!r}")
+    if EXPLAINING.get():
+        raise Explained(_explanation(operator, implementation, reasons))
     if implementation is None:
         for name, reason in reasons.items():
             if reason is None:
                 return name
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise NotImplementedError(f"no implementation of {operator} can run this call ({listed})")
-    if implementation not in reasons:
-        known = ", ".join(map(repr, reasons))
-        raise ValueError(f"`implementation` must be None or one of {known}, got {implementation!r}")
     if reasons[implementation] is not None:
         raise NotImplementedError(
             f"`implementation={implementation!r}` of {operator} cannot run this call: {reasons[implementation]}"
@@ -62,35 +80,82 @@ def resolve(operator: str, implementation: str | None, reasons: Mapping[str, str
     return implementation
 
 
-def explain(operator: str, reasons: Mapping[str, str | None]) -> Explanation:
-    """The `Explanation` that belongs to `resolve(operator, None, reasons)`."""
-    chosen = next((name for name, reason in reasons.items() if reason is None), None)
-    why = {
-        name: "" if name == chosen else (reason or f"{chosen} is preferred here")
-        for name, reason in reasons.items()
-    }
-    return Explanation(operator, chosen, why)
+def _explanation(
+    operator: str, implementation: str | None, reasons: Mapping[str, str | None]
+) -> Explanation:
+    able = [name for name, reason in reasons.items() if reason is None]
+    wanted = able[:1] if implementation is None else [implementation]
+    chosen = next((name for name in wanted if name in able), None)
+    why = "preferred here" if implementation is None else "asked for"
+    return Explanation(
+        operator,
+        chosen,
+        {
+            name: "" if name == chosen else reason or f"{wanted[0]} is {why}"
+            for name, reason in reasons.items()
+        },
+    )
 
 
-def platform() -> str:
-    """The platform that computations run on by default: "cpu", "gpu" or "tpu"."""
-    return jax.default_backend()
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The machine that programs traced now are for.
 
+    Attributes:
+      platform: "cpu", "gpu" or "tpu".
+      compute_capability: of the GPU that kernels are chosen for, e.g. "9.0"; None without one.
+      interpret: what Pallas takes as `interpret`, for kernels of a GPU that is not there; None where they are compiled.
+    """
 
-@contextlib.contextmanager
-def assume_compute_capability(value: str) -> Iterator[None]:
-    """Kernels are chosen for a GPU that is not there: one compiled for, or interpreted."""
-    before = _ASSUMED.set(value)
-    try:
-        yield
-    finally:
-        _ASSUMED.reset(before)
+    platform: str
+    compute_capability: str | None = None
+    interpret: Any = None
 
-
-def compute_capability() -> str | None:
-    """Compute capability of the GPU that kernels are chosen for, e.g. "9.0"; None without one."""
-    if _ASSUMED.get() is not None:
-        return _ASSUMED.get()
-    if platform() != "gpu":
+    def not_hopper(self) -> str | None:
+        """Why kernels written for H100 and H200 cannot run there, or None."""
+        if self.compute_capability is None:
+            return f"it needs an NVIDIA GPU of {HOPPER}"
+        if self.compute_capability != "9.0":
+            return f"it is written for {HOPPER}, this is {self.compute_capability}"
         return None
-    return getattr(jax.local_devices()[0], "compute_capability", None)
+
+
+_TARGET = jax.make_user_context(default_value=None)
+# (operator, key, configuration) of every tuned entry.
+_TUNED = jax.make_user_context(default_value=())
+
+
+def target() -> Target:
+    """The target that was set, else the device that JAX would take: `jax.default_device`, or the first of its platform.
+
+    While a function is traced nobody knows where its arguments lie: on a machine with a GPU, work on arrays committed
+    to the CPU belongs under `jax.default_device(cpu)`.
+    """
+    if _TARGET.value is not None:
+        return _TARGET.value
+    device = jax.config.jax_default_device
+    if device is None:
+        platform = jax.default_backend()
+        device = jax.local_devices()[0]
+    else:
+        device = jax.local_devices(backend=device)[0] if isinstance(device, str) else device
+        platform = device.platform
+    capability = str(getattr(device, "compute_capability", ""))
+    is_nvidia = platform == "gpu" and capability.replace(".", "").isdigit()
+    return Target(platform, capability if is_nvidia else None)
+
+
+def targeting(value: Target) -> contextlib.AbstractContextManager[None]:
+    """Programs traced inside, in this thread, are for another machine."""
+    return _TARGET(value)
+
+
+def use_tuned(operator: str, table: Mapping[str, Any]) -> None:
+    """Replaces the tuned configurations (hashable) of one operator, in every thread."""
+    kept = [entry for entry in _TUNED.get_global() if entry[0] != operator]
+    _TUNED.set_global((*kept, *((operator, *item) for item in table.items())))
+
+
+def tuned(operator: str, key: str) -> Any:
+    """The configuration that was tuned for `key`, or None."""
+    return next((found for *place, found in _TUNED.value if place == [operator, key]), None)

@@ -1,8 +1,7 @@
 """What two Mosaic GPU kernels need in the same words: tiles in shared memory, padding, interpretation."""
 
 import contextlib
-import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,27 +18,20 @@ WARPGROUP = 128
 # Rows of one warpgroup's accumulator tile: what one wgmma instruction computes.
 ROWS = 64
 
-_INTERPRET: contextvars.ContextVar[Any] = contextvars.ContextVar("interpret", default=None)
 
-
-@contextlib.contextmanager
-def interpreted(**parameters: Any) -> Iterator[None]:
+def interpreted(**parameters: Any) -> contextlib.AbstractContextManager[None]:
     """Runs the kernels traced inside on the CPU, by Pallas' Mosaic GPU interpreter.
 
     Args:
       **parameters: for `plgpu.InterpretGPUParams`, for example `detect_races=True`.
     """
-    before = _INTERPRET.set(plgpu.InterpretGPUParams(**parameters))
-    try:
-        with _dispatch.assume_compute_capability("9.0"):
-            yield
-    finally:
-        _INTERPRET.reset(before)
+    interpret = plgpu.InterpretGPUParams(**parameters)
+    return _dispatch.targeting(_dispatch.Target("cpu", "9.0", interpret))
 
 
 def interpreting() -> bool:
     """Whether kernels traced now are interpreted."""
-    return _INTERPRET.get() is not None
+    return _dispatch.target().interpret is not None
 
 
 def kernel_options() -> dict[str, Any]:
@@ -54,7 +46,7 @@ def kernel_options() -> dict[str, Any]:
         )
     }
     if interpreting():
-        options["interpret"] = _INTERPRET.get()
+        options["interpret"] = _dispatch.target().interpret
     return options
 
 

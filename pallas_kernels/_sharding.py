@@ -5,6 +5,8 @@ from typing import Any
 import jax
 from jax import lax
 
+UNTYPED = "its results have no type over mesh axes: use it under `jax.shard_map(check_vma=False)`"
+
 
 def vary_alike(tree: Any) -> Any:
     """The arrays of a tree, each typed as varying over every axis that one of them varies over.
@@ -22,8 +24,9 @@ def vary_alike(tree: Any) -> Any:
     return jax.tree.map(cast, tree) if union else tree
 
 
-def is_varying(array: Any) -> bool:
-    """Whether an array is typed as varying over mesh axes (inside `shard_map` that checks it)."""
-    return not isinstance(array, jax.ShapeDtypeStruct) and bool(
-        jax.typeof(array).manual_axis_type.varying
+def is_varying(tree: Any) -> bool:
+    """Whether an array of a tree is typed as varying over mesh axes (inside `shard_map` that checks it)."""
+    return any(
+        isinstance(x, jax.Array) and jax.typeof(x).manual_axis_type.varying
+        for x in jax.tree.leaves(tree)
     )

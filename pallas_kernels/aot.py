@@ -225,7 +225,8 @@ def compile_only(
         one_device = jax.sharding.use_abstract_mesh(
             AbstractMesh((), (), abstract_device=mesh.abstract_mesh.abstract_device)
         )
-    with _printed(_DUMPS) as printed, _dispatch.assume_compute_capability(kind), one_device:
+    gpu = _dispatch.Target("gpu", kind)
+    with _printed(_DUMPS) as printed, _dispatch.targeting(gpu), one_device:
         traced = jax.jit(function, **jit_options).trace(*arguments)
         # Named, because Explicit axes would have the platform looked up among those that can run here.
         lowered = traced.lower(lowering_platforms=("cuda",))

@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
         device, basis = jax.devices()[0].device_kind, TIMED
         run = lambda cell: time_cell(cell, rounds=arguments.rounds or 10, limit=arguments.limit)
         reason = None
-        if _dispatch.compute_capability() != "9.0":
+        if _dispatch.target().not_hopper():
             reason = (
                 f"autotune times kernels on an H100 or H200, this is {device}; "
                 "--by-machine-code compiles the candidates instead, which gives no times"

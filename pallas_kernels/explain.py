@@ -3,25 +3,30 @@
 from collections.abc import Callable
 from typing import Any
 
-from pallas_kernels._dispatch import Explanation
+from pallas_kernels import _dispatch
 from pallas_kernels.attention import api as attention
 from pallas_kernels.causal_conv import api as causal_conv
 from pallas_kernels.decode import api as decode
 from pallas_kernels.delta_rule import api as delta_rule
 from pallas_kernels.deltanet import api as deltanet
 
-_EXPLAINERS: dict[str, Callable[..., Explanation]] = {
-    "gqa_attention": attention.explain_gqa_attention,
-    "gated_delta_rule": delta_rule.explain_gated_delta_rule,
-    "gated_delta_rule_step": delta_rule.explain_gated_delta_rule_step,
-    "gated_deltanet_step": deltanet.explain_gated_deltanet_step,
-    "causal_conv1d": causal_conv.explain_causal_conv1d,
-    "causal_conv1d_qkv": causal_conv.explain_causal_conv1d_qkv,
-    "decode_attention": decode.explain_decode_attention,
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        attention.gqa_attention,
+        attention.gqa_attention_qkv,
+        attention.gqa_attention_with_lse,
+        delta_rule.gated_delta_rule,
+        delta_rule.gated_delta_rule_step,
+        deltanet.gated_deltanet_step,
+        causal_conv.causal_conv1d,
+        causal_conv.causal_conv1d_qkv,
+        decode.decode_attention,
+    )
 }
 
 
-def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> _dispatch.Explanation:
     """Which implementation `operator(*args, **kwargs)` would run here, and why each other one would not.
 
     Args:
@@ -29,7 +34,7 @@ def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Ex
       *args, **kwargs: as for the operator; `jax.ShapeDtypeStruct` will do in place of arrays.
 
     Raises:
-      ValueError: unknown operator, or arguments that the operator itself would refuse.
+      TypeError, ValueError: unknown operator, or arguments that the operator itself would refuse.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -37,7 +42,14 @@ def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Ex
       >>> print(explain("gqa_attention", q, q, q, is_causal=True).operator)
       gqa_attention
     """
-    name = operator if isinstance(operator, str) else operator.__name__
-    if name not in _EXPLAINERS:
-        raise ValueError(f"`operator` must be one of {', '.join(_EXPLAINERS)}, got {name!r}")
-    return _EXPLAINERS[name](*args, **kwargs)
+    name = operator if isinstance(operator, str) else getattr(operator, "__name__", "")
+    if name not in _OPERATORS:
+        raise ValueError(f"`operator` must be one of {', '.join(_OPERATORS)}, got {operator!r}")
+    before = _dispatch.EXPLAINING.set(True)
+    try:
+        _OPERATORS[name](*args, **kwargs)
+    except _dispatch.Explained as explained:
+        return explained.explanation
+    finally:
+        _dispatch.EXPLAINING.reset(before)
+    raise AssertionError(f"{name} chose no implementation")

@@ -143,6 +143,8 @@ OVER_BUDGET: dict[str, int] = {
 AXIS_POLICY = ("gqa_jax/sharding.py", "gqa_jax/context_parallel/", "gqa_jax/tensor_parallel/")
 
 FILES = sorted(path for room in MAY_NAME for path in (ROOT / room).rglob("*.py"))
+# Who may ask JAX which machine this is; the loader travels with an artefact, without this source.
+MACHINE = ("pallas_kernels/_dispatch.py", "interop/artefact_loader.py")
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 
@@ -205,6 +207,12 @@ def test_mesh_axes_are_named_in_one_room(name):
     assert not re.search(r"\bPartitionSpec\b", source), (
         "PartitionSpecs belong in gqa_jax/sharding.py"
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_place_asks_which_machine_a_program_is_for(name):
+    asked = re.search(r"\bdefault_backend\(|\bjax_default_device\b", (ROOT / name).read_text())
+    assert not asked or name in MACHINE, "ask pallas_kernels._dispatch.target()"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -225,7 +225,9 @@ def our_names(given: Problem) -> dict[str, str | None]:
     on_gpu = jax.default_backend() == "gpu"
     operator = "gated_delta_rule_step" if decode else "gated_delta_rule"
     options = {} if decode else {"initial_state": operands[5]}
-    with contextlib.nullcontext() if on_gpu else _dispatch.assume_compute_capability("9.0"):
+    with (
+        contextlib.nullcontext() if on_gpu else _dispatch.targeting(_dispatch.Target("gpu", "9.0"))
+    ):
         reasons = pk.explain(operator, *operands[: 6 if decode else 5], **options).reasons
     names = [name for name in (STEPS if decode else RULES) if name in reasons]
     return {

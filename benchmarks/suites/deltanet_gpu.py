@@ -170,7 +170,9 @@ def reasons(shape: Shape) -> dict[str, str | None]:
     operands, options, _ = (step if shape.step else convolution)(short(shape))
     operator = "gated_deltanet_step" if shape.step else "causal_conv1d_qkv"
     on_gpu = jax.default_backend() == "gpu"
-    with contextlib.nullcontext() if on_gpu else _dispatch.assume_compute_capability("9.0"):
+    with (
+        contextlib.nullcontext() if on_gpu else _dispatch.targeting(_dispatch.Target("gpu", "9.0"))
+    ):
         found = pk.explain(operator, *operands, **options).reasons
     return {n: None if not r or r.endswith("preferred here") else r for n, r in found.items()}
 

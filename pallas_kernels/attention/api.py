@@ -233,16 +233,6 @@ def gqa_attention_qkv(
     return gqa_attention(query, key, value, **options, implementation=implementation)
 
 
-def explain_gqa_attention(
-    query, key, value, *, implementation=None, **options: Any
-) -> _dispatch.Explanation:
-    """Implementation choice for `gqa_attention`."""
-    del implementation
-    options = _DEFAULTS | options
-    _check(query, key, value, options)
-    return _dispatch.explain("gqa_attention", _reasons(query, key, value, options, with_lse=False))
-
-
 _DEFAULTS = {
     name: value
     for name, value in (gqa_attention.__kwdefaults__ or {}).items()
@@ -262,15 +252,15 @@ def _reasons(query, key, value, options, *, with_lse: bool) -> dict[str, str | N
         "value_dim": value.shape[-1],
         "options": options,
     }
-    capability = _dispatch.compute_capability()
+    varying = _sharding.is_varying((query, key, value, options))
     kernels = {
         name: mosaic_gpu_tuning.unsupported_reason(
-            **about, compute_capability=capability, atomic=name == "mosaic_gpu_atomic"
+            **about, varying=varying, atomic=name == "mosaic_gpu_atomic"
         )
         for name in ("mosaic_gpu", "mosaic_gpu_atomic")
     }
     names = ["cudnn", "blockwise", *kernels, "reference"]
-    if mosaic_gpu_tuning.preferred(capability):
+    if mosaic_gpu_tuning.preferred():
         names = ["cudnn", "mosaic_gpu", "blockwise", "mosaic_gpu_atomic", "reference"]
     return {
         name: kernels[name]

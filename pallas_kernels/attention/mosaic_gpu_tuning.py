@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import _dispatch, _sharding
+
 HEAD_DIMS = (64, 96, 128, 256)
 ATOMIC_HEAD_DIMS = (64, 96, 128)
 DTYPES = ("bfloat16", "float16")
@@ -89,7 +91,6 @@ class BackwardConfig:
 
 
 Config = ForwardConfig | BackwardConfig
-_tuned: dict[str, Config] = {}
 
 
 def bucket(direction: str, *, head_dim: int, q_len: int, is_causal: bool) -> str:
@@ -98,10 +99,13 @@ def bucket(direction: str, *, head_dim: int, q_len: int, is_causal: bool) -> str
     return f"{direction}/D{head_dim}/T{length}/{'causal' if is_causal else 'full'}"
 
 
+def _tuned(key: str) -> Config | None:
+    return _dispatch.tuned("gqa_attention", key)
+
+
 def use_tuned(table: Mapping[str, Config]) -> None:
     """Replaces the tuned configurations; `pallas_kernels.autotune.load` is the one that calls this."""
-    _tuned.clear()
-    _tuned.update(table)
+    _dispatch.use_tuned("gqa_attention", table)
 
 
 def forward_config(
@@ -120,7 +124,7 @@ def forward_config(
     pack = 1
     while pack < 8 and group % (2 * pack) == 0 and q_len <= 64 // pack:
         pack *= 2
-    tuned = _tuned.get(bucket("forward", head_dim=head_dim, q_len=q_len, is_causal=is_causal))
+    tuned = _tuned(bucket("forward", head_dim=head_dim, q_len=q_len, is_causal=is_causal))
     # Ids of segments take registers that no candidate was timed with.
     if isinstance(tuned, ForwardConfig) and not segments:
         return dataclasses.replace(tuned, pack=pack)
@@ -134,7 +138,7 @@ def backward_config(
 ) -> BackwardConfig:  # fmt: skip
     """The configuration used when none is given."""
     direction = "backward_atomic" if atomic else "backward"
-    tuned = _tuned.get(bucket(direction, head_dim=head_dim, q_len=q_len, is_causal=is_causal))
+    tuned = _tuned(bucket(direction, head_dim=head_dim, q_len=q_len, is_causal=is_causal))
     if isinstance(tuned, BackwardConfig) and not segments:
         return tuned
     # At the tensor cores' peak a step of dk_dv takes 1.4 us at head_dim 128 and half of that at 64, TMA about 1 us:
@@ -195,18 +199,17 @@ def fits(config: Config, head_dim: int) -> bool:
     return config.shared_bytes(head_dim) + 2048 <= SHARED_BYTES
 
 
-def preferred(compute_capability: str | None) -> bool:
+def preferred() -> bool:
     """Whether `implementation=None` takes these kernels before blockwise (XLA) attention.
 
     Not yet: the harness (`python -m benchmarks.run attention_gpu`) has not run them on a GPU, so nobody is given
     kernels that only an interpreter and a compiler have seen. They are there by name.
     """
-    del compute_capability
     return False
 
 
 def unsupported_reason(
-    *, dtype, head_dim: int, value_dim: int, options: dict[str, Any], compute_capability: str | None,
+    *, dtype, head_dim: int, value_dim: int, options: dict[str, Any], varying: bool,
     atomic: bool = False,
 ) -> str | None:  # fmt: skip
     """Why the kernels cannot run a call that the operator accepts, or None.
@@ -214,15 +217,12 @@ def unsupported_reason(
     Args:
       dtype, head_dim, value_dim: of query and value.
       options: the keyword arguments of `gqa_attention`.
-      compute_capability: of the GPU to run on, None without one.
+      varying: whether the arrays are typed as varying over mesh axes.
       atomic: whether dq is to be added up by atomics.
     """
-    if compute_capability is None:
-        return "it needs an NVIDIA GPU of compute capability 9.0 (H100, H200)"
-    if compute_capability != "9.0":
-        return (
-            f"it is written for compute capability 9.0 (H100, H200), this is {compute_capability}"
-        )
+    machine = _dispatch.target().not_hopper()
+    if machine is not None:
+        return machine
     if jnp.dtype(dtype).name not in DTYPES:
         return f"it needs float16 or bfloat16, got {jnp.dtype(dtype).name}"
     if head_dim not in HEAD_DIMS:
@@ -240,4 +240,6 @@ def unsupported_reason(
         return "it needs the same array as `query_cu_seqlens` and `kv_cu_seqlens`"
     if options["dropout_rate"] > 0.0:
         return "it has no dropout"
+    if varying:
+        return _sharding.UNTYPED
     return None

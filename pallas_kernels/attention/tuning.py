@@ -3,7 +3,6 @@
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _dispatch
@@ -35,7 +34,7 @@ def blocks(batch: int, num_kv_heads: int, group: int, q_len: int, kv_len: int) -
     """Tile sizes of `blockwise` for shapes B, K, R, T, S."""
     queries = _split(q_len, max(GRANULE, TILE_ROWS // group))
     keys = _split(kv_len, TILE_KEYS)
-    budget = TILE_ELEMENTS if jax.default_backend() == "cpu" else TILE_ELEMENTS_ACCELERATOR
+    budget = TILE_ELEMENTS if _dispatch.target().platform == "cpu" else TILE_ELEMENTS_ACCELERATOR
     together = max(1, budget // (queries * group * keys))
     heads = _largest_divisor(num_kv_heads, together)
     rows = _largest_divisor(batch, together // heads) if heads == num_kv_heads else 1
@@ -73,9 +72,10 @@ def unsupported_reason(
     """
     if implementation != "cudnn":
         return None
-    if _dispatch.platform() != "gpu":
-        return f"it needs an NVIDIA GPU, this is {_dispatch.platform()}"
-    capability = _dispatch.compute_capability() or "0.0"
+    target = _dispatch.target()
+    if target.platform != "gpu":
+        return f"it needs an NVIDIA GPU, this is {target.platform}"
+    capability = target.compute_capability or "0.0"
     if float(capability) < 8.0:
         return f"it needs compute capability 8.0, this is {capability}"
     if dtype not in (jnp.float16, jnp.bfloat16):

@@ -133,59 +133,24 @@ def causal_conv1d_qkv(
       ((1, 5, 2, 4), (1, 5, 4, 8))
     """
     sizes = _check_qkv(mixed, weight, key_dim, value_dim, bias, initial_state, segment_ids)
-    reasons = _reasons_qkv(sizes, mixed, key_dim, value_dim)
-    chosen = _dispatch.resolve("causal_conv1d_qkv", implementation, reasons)
     options = vjp.Options(key_dim, value_dim, use_qk_l2norm)
     operands = vjp.Operands(mixed, weight, bias, initial_state, segment_ids)
+    reasons = _reasons_qkv(sizes, operands, key_dim, value_dim)
+    chosen = _dispatch.resolve("causal_conv1d_qkv", implementation, reasons)
     return QKVConvOutput(*vjp.causal_conv_qkv(chosen, options, operands))
-
-
-def explain_causal_conv1d(
-    x,
-    weight,
-    *,
-    bias=None,
-    activation=None,
-    initial_state=None,
-    segment_ids=None,
-    implementation=None,
-) -> _dispatch.Explanation:
-    """Implementation choice for `causal_conv1d`."""
-    del implementation
-    _check(x, weight, bias, activation, initial_state, segment_ids)
-    return _dispatch.explain("causal_conv1d", _REASONS)
-
-
-def explain_causal_conv1d_qkv(
-    mixed,
-    weight,
-    *,
-    key_dim,
-    value_dim,
-    bias=None,
-    use_qk_l2norm=False,
-    initial_state=None,
-    segment_ids=None,
-    implementation=None,
-) -> _dispatch.Explanation:
-    """Implementation choice for `causal_conv1d_qkv`."""
-    del use_qk_l2norm, implementation
-    sizes = _check_qkv(mixed, weight, key_dim, value_dim, bias, initial_state, segment_ids)
-    return _dispatch.explain("causal_conv1d_qkv", _reasons_qkv(sizes, mixed, key_dim, value_dim))
 
 
 _REASONS: dict[str, str | None] = {"reference": None}
 
 
-def _reasons_qkv(sizes, mixed, key_dim, value_dim) -> dict[str, str | None]:
-    capability = _dispatch.compute_capability()
+def _reasons_qkv(sizes, operands, key_dim, value_dim) -> dict[str, str | None]:
     names = ["reference", "mosaic_gpu"]
-    if tuning.preferred(capability):
+    if tuning.preferred():
         names.reverse()
     return {
         name: tuning.unsupported_reason(
-            name, dtype=mixed.dtype, sizes=sizes, key_dim=key_dim, value_dim=value_dim,
-            varying=_sharding.is_varying(mixed), compute_capability=capability,
+            name, dtype=operands.mixed.dtype, sizes=sizes, key_dim=key_dim, value_dim=value_dim,
+            varying=_sharding.is_varying(operands),
         )
         for name in names
     }  # fmt: skip

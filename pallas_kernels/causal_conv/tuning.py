@@ -2,6 +2,8 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels import _dispatch, _sharding
+
 DTYPES = ("bfloat16", "float16", "float32")
 # Channels of one head, which one block normalises: 32 lanes times 4 values, half or twice that. (At 96 channels a warp
 # is 8 lanes by 4 rows; the backward kernel then holds 12 values of each tap's gradient per thread, and spills.)
@@ -33,19 +35,17 @@ def backward_rows(dim: int, *, itemsize: int) -> int:
     return ROWS if dim * itemsize <= 256 else ROWS // 2
 
 
-def preferred(compute_capability: str | None) -> bool:
+def preferred() -> bool:
     """Whether `implementation=None` takes the kernels before XLA.
 
     Not yet: they have not run on a GPU, so nobody is given kernels that only an interpreter and a compiler have seen.
     They are there by name.
     """
-    del compute_capability
     return False
 
 
 def unsupported_reason(
     implementation: str, *, dtype, sizes: dict[str, int], key_dim: int, value_dim: int, varying: bool,
-    compute_capability: str | None,
 ) -> str | None:  # fmt: skip
     """Why `implementation` cannot run a call of `causal_conv1d_qkv` that the operator accepts, or None.
 
@@ -55,22 +55,16 @@ def unsupported_reason(
       sizes: of the letters B, T, F and W.
       key_dim, value_dim: Dk, Dv.
       varying: whether the arrays are typed as varying over mesh axes.
-      compute_capability: of the GPU to run on, None without one.
     """
     if implementation == "reference":
         return None
-    if compute_capability is None:
-        return "it needs an NVIDIA GPU of compute capability 9.0 (H100, H200)"
-    if compute_capability != "9.0":
-        return (
-            f"it is written for compute capability 9.0 (H100, H200), this is {compute_capability}"
-        )
+    machine = _dispatch.target().not_hopper()
+    if machine is not None:
+        return machine
     if jnp.dtype(dtype).name not in DTYPES:
         return f"it needs {', '.join(DTYPES)}, got {jnp.dtype(dtype).name}"
     if varying:
-        return (
-            "its results have no type over mesh axes: use it under `jax.shard_map(check_vma=False)`"
-        )
+        return _sharding.UNTYPED
     for letter, dim in (("Dk", key_dim), ("Dv", value_dim)):
         if dim not in HEAD_DIMS:
             return f"{letter} must be one of {', '.join(map(str, HEAD_DIMS))}, got {dim}"

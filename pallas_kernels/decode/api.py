@@ -1,6 +1,6 @@
 """Public decode attention: contract, validation, choice of implementation."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -76,18 +76,6 @@ def decode_attention(
     options["scale"] = float(query.shape[-1] ** -0.5 if scale is None else scale)
     run = reference if chosen == "reference" else blockwise
     return run.decode_attention(query, key_cache, value_cache, lengths, **options)
-
-
-def explain_decode_attention(
-    query, key_cache, value_cache, lengths, *, implementation=None, **options: Any
-) -> _dispatch.Explanation:
-    """Implementation choice for `decode_attention`."""
-    del implementation
-    defaults = {
-        n: v for n, v in (decode_attention.__kwdefaults__ or {}).items() if n != "implementation"
-    }
-    _check(query, key_cache, value_cache, lengths, **(defaults | options))
-    return _dispatch.explain("decode_attention", _reasons())
 
 
 def _reasons() -> dict[str, str | None]:

@@ -3,7 +3,7 @@
 import math
 import os
 
-import jax
+from pallas_kernels import _dispatch
 
 
 def pairs_at_once(num_pairs: int) -> int:
@@ -13,7 +13,7 @@ def pairs_at_once(num_pairs: int) -> int:
     is widened a few heads at a time. With B = 8, K = 1...8, S = 8192 on 2 cores, two take 0.75-0.85 of the time of one,
     and all together 2-4 times that. An accelerator wants them all in flight.
     """
-    if jax.default_backend() != "cpu":
+    if _dispatch.target().platform != "cpu":
         return num_pairs
     return math.gcd(num_pairs, os.cpu_count() or 1)
 

@@ -111,7 +111,8 @@ def gated_delta_rule(
       [1.0, 1.0, 1.0]
     """
     sizes = _check(query, key, value, g, beta, initial_state, segment_ids, cu_seqlens, chunk_size)
-    reasons = _reasons(sizes, query, key, value, g, chunk_size)
+    tokens = order.Tokens(query, key, value, g, beta)
+    reasons = _reasons(sizes, tokens, (initial_state, segment_ids, cu_seqlens), chunk_size)
     chosen = _dispatch.resolve("gated_delta_rule", implementation, reasons)
     compute = algebra.compute_dtype(value.dtype)
     scale = float(sizes["Dk"] ** -0.5 if scale is None else scale)
@@ -124,7 +125,7 @@ def gated_delta_rule(
     if cu_seqlens is not None:
         cu_seqlens = jnp.asarray(cu_seqlens)
     tokens, initial_state, segment_ids, cu_seqlens = _sharding.vary_alike(
-        (order.Tokens(query, key, value, g, beta), initial_state, segment_ids, cu_seqlens)
+        (tokens, initial_state, segment_ids, cu_seqlens)
     )
     if chosen == "reference":
         out, final, _ = reference.recurrent(
@@ -193,65 +194,40 @@ def gated_delta_rule_step(
       [0.0, 0.0, 0.0, 4.0, 0.0]
     """
     sizes = _check_step(query, key, value, g, beta, state, slots)
+    tokens = step.Tokens(query, key, value, g, beta)
+    reasons = _step_reasons(tokens, state, slots)
+    chosen = _dispatch.resolve("gated_delta_rule_step", implementation, reasons)
     state = state.astype(step.state_dtype(state, value))
-    tokens, state, slots = _sharding.vary_alike(
-        (step.Tokens(query, key, value, g, beta), state, slots)
-    )
-    chosen = _dispatch.resolve(
-        "gated_delta_rule_step", implementation, _step_reasons(tokens, state)
-    )
+    tokens, state, slots = _sharding.vary_alike((tokens, state, slots))
     scale = float(sizes["Dk"] ** -0.5 if scale is None else scale)
     options = step.Options(scale, use_qk_l2norm, return_states)
     return GatedDeltaRuleStepOutput(*step.run(chosen, options, tokens, state, slots))
 
 
-def explain_gated_delta_rule(
-    query, key, value, g, beta, *, initial_state=None, segment_ids=None, cu_seqlens=None,
-    scale=None, use_qk_l2norm=False, chunk_size=None, implementation=None,
-) -> _dispatch.Explanation:  # fmt: skip
-    """Implementation choice for `gated_delta_rule`."""
-    del scale, use_qk_l2norm, implementation
-    sizes = _check(query, key, value, g, beta, initial_state, segment_ids, cu_seqlens, chunk_size)
-    return _dispatch.explain("gated_delta_rule", _reasons(sizes, query, key, value, g, chunk_size))
-
-
-def explain_gated_delta_rule_step(
-    query, key, value, g, beta, state, *, slots=None, return_states=False,
-    scale=None, use_qk_l2norm=False, implementation=None,
-) -> _dispatch.Explanation:  # fmt: skip
-    """Implementation choice for `gated_delta_rule_step`."""
-    del return_states, scale, use_qk_l2norm, implementation
-    _check_step(query, key, value, g, beta, state, slots)
-    tokens = step.Tokens(query, key, value, g, beta)
-    return _dispatch.explain("gated_delta_rule_step", _step_reasons(tokens, state))
-
-
-def _step_reasons(tokens: step.Tokens, state) -> dict[str, str | None]:
+def _step_reasons(tokens: step.Tokens, state, slots) -> dict[str, str | None]:
     """Reasons in order of preference: kernels measured to be faster, the recurrence, the other kernels."""
-    capability = _dispatch.compute_capability()
     reasons: dict[str, str | None] = {
         name: step_tuning.unsupported_reason(
             name, dtypes=[x.dtype for x in tokens[:3]], state_dtype=step.state_dtype(state, tokens.value),
-            key_dim=state.shape[-2], value_dim=state.shape[-1], varying=_sharding.is_varying(state),
-            compute_capability=capability,
+            key_dim=state.shape[-2], value_dim=state.shape[-1], varying=_sharding.is_varying((tokens, state, slots)),
         )
         for name in ("mosaic_gpu", "triton", "reference")
     }  # fmt: skip
-    first = [name for name in reasons if step_tuning.preferred(name, capability)]
+    first = [name for name in reasons if step_tuning.preferred(name)]
     return {name: reasons[name] for name in (*first, "reference", *reasons)}
 
 
-def _reasons(sizes, query, key, value, g, chunk_size) -> dict[str, str | None]:
+def _reasons(sizes, tokens: order.Tokens, others, chunk_size) -> dict[str, str | None]:
     names = ["chunked", "reference"]
     if sizes["T"] <= tuning.RECURRENT_TOKENS:
         names.reverse()
     found = {name: tuning.unsupported_reason(name, chunk_size=chunk_size) for name in names}
-    capability = _dispatch.compute_capability()
     kernels = mosaic_gpu_tuning.unsupported_reason(
-        dtypes=(query.dtype, key.dtype, value.dtype), key_dim=sizes["Dk"], value_dim=sizes["Dv"],
-        per_channel=len(g.shape) == 4, chunk_size=chunk_size, compute_capability=capability,
+        dtypes=tuple(x.dtype for x in tokens[:3]), key_dim=sizes["Dk"], value_dim=sizes["Dv"],
+        per_channel=len(tokens.g.shape) == 4, chunk_size=chunk_size,
+        varying=_sharding.is_varying((tokens, others)),
     )  # fmt: skip
-    if mosaic_gpu_tuning.preferred(capability):
+    if mosaic_gpu_tuning.preferred():
         return {"mosaic_gpu": kernels, **found}
     return {**found, "mosaic_gpu": kernels}
 
@@ -264,7 +240,7 @@ def _plan(
     if kernels:
         chunk = mosaic_gpu_tuning.CHUNK
     count = order.chunk_count(sizes["T"], sequences, chunk)
-    platform = _dispatch.platform()
+    platform = _dispatch.target().platform
     lanes = 1 if per_channel else tuning.segments(count, platform)
     if kernels:
         lanes = 1  # packed sequences run side by side already

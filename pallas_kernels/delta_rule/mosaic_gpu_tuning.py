@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import _dispatch, _sharding
+
 # Tokens of a chunk: the rows of one wgmma instruction. Every kernel is written for it.
 CHUNK = 64
 # Merges that make the inverse of a chunk out of its diagonal: blocks of 1, 2, ..., 32; the first needs no product.
@@ -76,7 +78,6 @@ class LanesConfig:
 
 
 Config = ForwardConfig | BackwardConfig | LanesConfig
-_tuned: dict[str, Config] = {}
 
 
 def bucket(direction: str, *, heads: int, width: int = 0, chunks: int = 0) -> str:
@@ -99,10 +100,13 @@ def bucket(direction: str, *, heads: int, width: int = 0, chunks: int = 0) -> st
     return "/".join(["gated_delta_rule", direction, *parts])
 
 
+def _tuned(key: str) -> Config | None:
+    return _dispatch.tuned("gated_delta_rule", key)
+
+
 def use_tuned(table: Mapping[str, Config]) -> None:
     """Replaces the tuned configurations; `pallas_kernels.autotune.load` is the one that calls this."""
-    _tuned.clear()
-    _tuned.update(table)
+    _dispatch.use_tuned("gated_delta_rule", table)
 
 
 def forward_config(*, width: int, heads: int, key_width: int | None = None) -> ForwardConfig:
@@ -113,7 +117,7 @@ def forward_config(*, width: int, heads: int, key_width: int | None = None) -> F
       heads: batch rows (times segments) times value heads.
       key_width: key channels; as many as value channels by default.
     """
-    tuned = _tuned.get(bucket("forward", width=width, heads=heads))
+    tuned = _tuned(bucket("forward", width=width, heads=heads))
     # Wider keys might not fit into as many stages as were timed.
     if isinstance(tuned, ForwardConfig) and key_width in (None, width):
         return tuned
@@ -131,7 +135,7 @@ def forward_config(*, width: int, heads: int, key_width: int | None = None) -> F
 
 def backward_config(*, heads: int) -> BackwardConfig:
     """The configuration used when none is given, for batch rows (times segments) times value heads."""
-    tuned = _tuned.get(bucket("backward", heads=heads))
+    tuned = _tuned(bucket("backward", heads=heads))
     if isinstance(tuned, BackwardConfig):
         return tuned
     # 132 SMs: up to 66 heads, a block for each half finishes sooner than one for both. Where `setmaxnreg` is ignored,
@@ -151,7 +155,7 @@ def lanes(*, heads: int, value_dim: int, chunks: int) -> int:
     as long as they all fit on the 132 SMs together, one block on each.
     """
     width = padded_dim(value_dim)
-    tuned = _tuned.get(bucket("lanes", width=width, heads=heads, chunks=chunks))
+    tuned = _tuned(bucket("lanes", width=width, heads=heads, chunks=chunks))
     if isinstance(tuned, LanesConfig):
         return max(1, min(tuned.lanes, chunks // LANE_CHUNKS))
     blocks = heads * forward_config(width=width, heads=heads).splits
@@ -234,19 +238,18 @@ def _registers_error(config: Any, taking: str, giving: str) -> str | None:
     )
 
 
-def preferred(compute_capability: str | None) -> bool:
+def preferred() -> bool:
     """Whether `implementation=None` takes these kernels before the chunk form in XLA.
 
     Not yet: they have not run on a GPU, so nobody is given kernels that only an interpreter and a compiler have seen.
     They are there by name.
     """
-    del compute_capability
     return False
 
 
 def unsupported_reason(
     *, dtypes: tuple[Any, ...], key_dim: int, value_dim: int, per_channel: bool, chunk_size: int | None,
-    compute_capability: str | None,
+    varying: bool,
 ) -> str | None:  # fmt: skip
     """Why the kernels cannot run a call that the operator accepts, or None.
 
@@ -254,14 +257,11 @@ def unsupported_reason(
       dtypes: of query, key and value.
       per_channel: whether g holds a decay per key channel.
       chunk_size: as the caller gave it.
-      compute_capability: of the GPU to run on, None without one.
+      varying: whether the arrays are typed as varying over mesh axes.
     """
-    if compute_capability is None:
-        return "it needs an NVIDIA GPU of compute capability 9.0 (H100, H200)"
-    if compute_capability != "9.0":
-        return (
-            f"it is written for compute capability 9.0 (H100, H200), this is {compute_capability}"
-        )
+    machine = _dispatch.target().not_hopper()
+    if machine is not None:
+        return machine
     for dtype in dtypes:
         if jnp.dtype(dtype).name not in DTYPES:
             return f"it needs float16 or bfloat16, got {jnp.dtype(dtype).name}"
@@ -276,4 +276,6 @@ def unsupported_reason(
         return "it has no decay per key channel"
     if chunk_size not in (None, CHUNK):
         return f"its chunks hold {CHUNK} tokens, got `chunk_size={chunk_size}`"
+    if varying:
+        return _sharding.UNTYPED
     return None

@@ -4,6 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from pallas_kernels import _dispatch
+
 DTYPES = ("bfloat16", "float16", "float32")
 # Below one tile per multiprocessor (H100 and H200 have 132) a step is bound by latency: narrower tiles spread the work.
 _MULTIPROCESSORS = 132
@@ -53,19 +55,18 @@ def triton_config(*, key_dim: int, value_dim: int) -> StepConfig:
     return StepConfig(min(columns, value_dim), warps=1)
 
 
-def preferred(implementation: str, compute_capability: str | None) -> bool:
+def preferred(implementation: str) -> bool:
     """Whether `implementation=None` takes this kernel before the recurrence in XLA.
 
     Not yet: `python -m benchmarks.run delta_rule_gpu` has not run them on a GPU, so nobody is given kernels that only
     an interpreter and a compiler have seen. They are there by name.
     """
-    del implementation, compute_capability
+    del implementation
     return False
 
 
 def unsupported_reason(
     implementation: str, *, dtypes, state_dtype, key_dim: int, value_dim: int, varying: bool,
-    compute_capability: str | None,
 ) -> str | None:  # fmt: skip
     """Why `implementation` cannot run a step that the operator accepts, or None.
 
@@ -75,11 +76,10 @@ def unsupported_reason(
       state_dtype: of the state after the operator's cast.
       key_dim, value_dim: Dk, Dv.
       varying: whether the arrays are typed as varying over mesh axes.
-      compute_capability: of the GPU to run on, None without one.
     """
     if implementation == "reference":
         return None
-    machine = _machine_reason(implementation, compute_capability)
+    machine = _machine_reason(implementation)
     if machine is not None:
         return machine
     for dtype in (*dtypes, state_dtype):
@@ -100,15 +100,12 @@ def unsupported_reason(
     return None
 
 
-def _machine_reason(implementation: str, capability: str | None) -> str | None:
+def _machine_reason(implementation: str) -> str | None:
+    target = _dispatch.target()
     if implementation == "mosaic_gpu":
-        if capability is None:
-            return "it needs an NVIDIA GPU of compute capability 9.0 (H100, H200)"
-        if capability != "9.0":
-            return f"it is written for compute capability 9.0 (H100, H200), this is {capability}"
-        return None
-    if capability is None:
+        return target.not_hopper()
+    if target.compute_capability is None:
         return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
-    if float(capability) < 8.0:
-        return f"it needs compute capability 8.0 or newer, this is {capability}"
+    if float(target.compute_capability) < 8.0:
+        return f"it needs compute capability 8.0 or newer, this is {target.compute_capability}"
     return None

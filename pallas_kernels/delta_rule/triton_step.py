@@ -15,9 +15,8 @@ Rule: section 3.3 of Gated Delta Networks (arXiv 2412.06464), token by token.
 """
 
 import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,18 +28,10 @@ from pallas_kernels import _dispatch
 from pallas_kernels.delta_rule.algebra import Token, write_and_read
 from pallas_kernels.delta_rule.step_tuning import StepConfig
 
-_INTERPRET: contextvars.ContextVar[bool] = contextvars.ContextVar("interpret", default=False)
 
-
-@contextlib.contextmanager
-def interpreted() -> Iterator[None]:
+def interpreted() -> contextlib.AbstractContextManager[None]:
     """Runs the kernels traced inside on the CPU, by Pallas' interpreter."""
-    before = _INTERPRET.set(True)
-    try:
-        with _dispatch.assume_compute_capability("8.0"):
-            yield
-    finally:
-        _INTERPRET.reset(before)
+    return _dispatch.targeting(_dispatch.Target("cpu", "8.0", interpret=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +182,7 @@ def launch(
         grid=shapes.grid,
         input_output_aliases={0: 1},
         compiler_params=plt.CompilerParams(num_warps=shapes.config.warps, num_stages=1),
-        interpret=_INTERPRET.get(),
+        interpret=_dispatch.target().interpret is not None,
         name=name,
     )(*operands)
     states = made.pop(0) if shapes.states else None

@@ -103,9 +103,10 @@ def gated_deltanet_step(
     """
     inputs = Inputs(mixed, logits, conv_state, conv_kernel, conv_bias, A_log, dt_bias, lengths)
     _check(inputs, state, slots)
+    reasons = _reasons(inputs, state, slots)
+    chosen = _dispatch.resolve("gated_deltanet_step", implementation, reasons)
     state = state.astype(step.state_dtype(state, mixed))
     inputs, state, slots = _sharding.vary_alike((inputs, state, slots))
-    chosen = _dispatch.resolve("gated_deltanet_step", implementation, _reasons(inputs, state))
     options = Options(
         float(state.shape[2] ** -0.5 if scale is None else scale), use_qk_l2norm,
         allow_negative_eigenvalues, return_states,
@@ -114,18 +115,7 @@ def gated_deltanet_step(
     return GatedDeltaNetStepOutput(out, after, windows, states)
 
 
-def explain_gated_deltanet_step(
-    mixed, logits, state, conv_state, *, conv_kernel, conv_bias=None, A_log, dt_bias, lengths=None, slots=None,
-    scale=None, use_qk_l2norm=True, allow_negative_eigenvalues=False, return_states=False, implementation=None,
-) -> _dispatch.Explanation:  # fmt: skip
-    """Implementation choice for `gated_deltanet_step`."""
-    del scale, use_qk_l2norm, allow_negative_eigenvalues, return_states, implementation
-    inputs = Inputs(mixed, logits, conv_state, conv_kernel, conv_bias, A_log, dt_bias, lengths)
-    _check(inputs, state, slots)
-    return _dispatch.explain("gated_deltanet_step", _reasons(inputs, state))
-
-
-def _reasons(inputs: Inputs, state) -> dict[str, str | None]:
+def _reasons(inputs: Inputs, state, slots) -> dict[str, str | None]:
     """Reasons in order of preference: the kernels come last until they have been measured."""
     floats = inputs._replace(lengths=None)
     return {
@@ -133,7 +123,7 @@ def _reasons(inputs: Inputs, state) -> dict[str, str | None]:
             name, dtypes=[x.dtype for x in jax.tree.leaves(floats)],
             state_dtype=step.state_dtype(state, inputs.mixed), key_dim=state.shape[2],
             value_dim=state.shape[3], width=inputs.conv_kernel.shape[0], channels=inputs.mixed.shape[3],
-            varying=_sharding.is_varying(state), compute_capability=_dispatch.compute_capability(),
+            varying=_sharding.is_varying((inputs, state, slots)),
         )
         for name in ("reference", "mosaic_gpu", "triton")
     }  # fmt: skip

@@ -8,7 +8,7 @@ _MAX_WIDTH = 8
 
 def unsupported_reason(
     implementation: str, *, dtypes, state_dtype, key_dim: int, value_dim: int, width: int,
-    channels: int, varying: bool, compute_capability: str | None,
+    channels: int, varying: bool,
 ) -> str | None:  # fmt: skip
     """Why `implementation` cannot run a step that the operator accepts, or None.
 
@@ -18,13 +18,12 @@ def unsupported_reason(
       state_dtype: of the state after the operator's cast.
       key_dim, value_dim, width, channels: Dk, Dv, W, F.
       varying: whether the arrays are typed as varying over mesh axes.
-      compute_capability: of the GPU to run on, None without one.
     """
     if implementation == "reference":
         return None
     reason = delta_rule.unsupported_reason(
         implementation, dtypes=dtypes, state_dtype=state_dtype, key_dim=key_dim, value_dim=value_dim,
-        varying=varying, compute_capability=compute_capability,
+        varying=varying,
     )  # fmt: skip
     if reason is not None:
         return reason

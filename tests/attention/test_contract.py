@@ -297,26 +297,26 @@ def test_blockwise_is_the_default_without_a_gpu():
         (dict(query_positions=jnp.zeros((2, 1024), int), kv_positions=jnp.zeros((2, 1024), int)), "it has no `query_positions`"),
     ],
 )  # fmt: skip
-def test_cudnn_names_what_it_cannot_do(monkeypatch, change, reason):
-    monkeypatch.setattr(_dispatch, "platform", lambda: "gpu")
-    monkeypatch.setattr(_dispatch, "compute_capability", lambda: "9.0")
-    assert explained().chosen == "cudnn"
-    assert explained(is_causal=True, sliding_window=128, scale=0.1).chosen == "cudnn"
-    explanation = explained(**change)
+def test_cudnn_names_what_it_cannot_do(change, reason):
+    with _dispatch.targeting(_dispatch.Target("gpu", "9.0")):
+        assert explained().chosen == "cudnn"
+        assert explained(is_causal=True, sliding_window=128, scale=0.1).chosen == "cudnn"
+        explanation = explained(**change)
     assert explanation.chosen == "blockwise"
     assert re.search(reason, explanation.reasons["cudnn"])
 
 
-def test_cudnn_depends_on_the_device_and_on_the_lse(monkeypatch):
-    monkeypatch.setattr(_dispatch, "platform", lambda: "gpu")
-    monkeypatch.setattr(_dispatch, "compute_capability", lambda: "8.6")
-    assert "up to 128" in explained(dim=192, value_dim=192).reasons["cudnn"]
-    assert "packed" not in explained().reasons
-    monkeypatch.setattr(_dispatch, "compute_capability", lambda: "7.5")
-    assert explained().reasons["cudnn"] == "it needs compute capability 8.0, this is 7.5"
-    monkeypatch.setattr(_dispatch, "compute_capability", lambda: "9.0")
+def test_cudnn_depends_on_the_device_and_on_the_lse():
+    with _dispatch.targeting(_dispatch.Target("gpu", "8.6")):
+        assert "up to 128" in explained(dim=192, value_dim=192).reasons["cudnn"]
+        assert "packed" not in explained().reasons
+    with _dispatch.targeting(_dispatch.Target("gpu", "7.5")):
+        assert explained().reasons["cudnn"] == "it needs compute capability 8.0, this is 7.5"
     half = [x.astype(jnp.bfloat16) for x in (X, KV, KV)]
-    with pytest.raises(NotImplementedError, match="it cannot differentiate the lse"):
+    with (
+        _dispatch.targeting(_dispatch.Target("gpu", "9.0")),
+        pytest.raises(NotImplementedError, match="it cannot differentiate the lse"),
+    ):
         pk.gqa_attention_with_lse(*half, implementation="cudnn")
 
 

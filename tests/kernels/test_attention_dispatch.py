@@ -104,7 +104,7 @@ SHAPE = jax.ShapeDtypeStruct((1, 8, 2, 64), jnp.bfloat16)
     ],
 )
 def test_reasons(change, reason):
-    with _dispatch.assume_compute_capability("9.0"):
+    with _dispatch.targeting(_dispatch.Target("gpu", "9.0")):
         found = pk.explain("gqa_attention", SHAPE, SHAPE, SHAPE, **change)
     assert found.reasons["mosaic_gpu"] == reason
 
@@ -112,14 +112,14 @@ def test_reasons(change, reason):
 def test_reasons_of_shapes_and_machines():
     explain = lambda x: pk.explain("gqa_attention", x, x, x).reasons["mosaic_gpu"]
     assert explain(SHAPE) == "it needs an NVIDIA GPU of compute capability 9.0 (H100, H200)"
-    with _dispatch.assume_compute_capability("10.0"):
+    with _dispatch.targeting(_dispatch.Target("gpu", "10.0")):
         assert "this is 10.0" in explain(SHAPE)
-    with _dispatch.assume_compute_capability("9.0"):
-        assert explain(SHAPE) == "blockwise is preferred here"
+    with _dispatch.targeting(_dispatch.Target("gpu", "9.0")):
+        assert explain(SHAPE) == "cudnn is preferred here"
         assert "got float32" in explain(SHAPE.update(dtype=jnp.float32))
         wide = SHAPE.update(shape=(1, 8, 2, 256))
         reasons = pk.explain("gqa_attention", wide, wide, wide).reasons
-        assert reasons["mosaic_gpu"] == "blockwise is preferred here"
+        assert reasons["mosaic_gpu"] == "cudnn is preferred here"
         assert "dk and dv of D = 256 leave no registers" in reasons["mosaic_gpu_atomic"]
         assert "D must be one of 64, 96, 128, 256, got 80" in explain(
             SHAPE.update(shape=(1, 8, 2, 80))

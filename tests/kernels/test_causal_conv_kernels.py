@@ -265,7 +265,7 @@ def reason(capability, *, dtype="bfloat16", width=4, channels=192, spare=0, leng
     struct = jax.ShapeDtypeStruct
     mixed = struct((1, length, 2, channels + spare), jnp.dtype(dtype))
     weight = struct((width, 2, channels), jnp.dtype(dtype))
-    with _dispatch.assume_compute_capability(capability):
+    with _dispatch.targeting(_dispatch.Target("gpu", capability)):
         return explain("causal_conv1d_qkv", mixed, weight, **(DIMS | dims)).reasons["mosaic_gpu"]
 
 
@@ -279,11 +279,11 @@ def test_reasons(x64):
     assert reason("9.0", spare=4) == "F values must fill a multiple of 16 bytes, got F=196"
     assert reason("9.0", length=0) == "it needs at least one token"
     sizes = {"B": 1, "T": 4, "F": 192, "W": 4}
-    assert "`jax.shard_map(check_vma=False)`" in str(
-        tuning.unsupported_reason(
-            "mosaic_gpu", dtype=jnp.bfloat16, sizes=sizes, varying=True, compute_capability="9.0", **DIMS
+    with _dispatch.targeting(_dispatch.Target("gpu", "9.0")):
+        varying = tuning.unsupported_reason(
+            "mosaic_gpu", dtype=jnp.bfloat16, sizes=sizes, varying=True, **DIMS
         )
-    )  # fmt: skip
+    assert "`jax.shard_map(check_vma=False)`" in str(varying)
     mixed, weight = jnp.ones((1, 4, 2, 192)), jnp.ones((4, 2, 192))
     with pytest.raises(NotImplementedError, match=r"mosaic_gpu.*cannot run this call.*9\.0"):
         causal_conv1d_qkv(mixed, weight, implementation="mosaic_gpu", **DIMS)

@@ -192,7 +192,7 @@ def used(batch: int, length: int) -> set:
         return found.out.astype(jnp.float32).sum()
 
     with (
-        _dispatch.assume_compute_capability("9.0"),
+        _dispatch.targeting(_dispatch.Target("gpu", "9.0")),
         record(mosaic_gpu_fwd, "forward", mosaic_gpu_fwd.forward),
         record(mosaic_gpu_fwd, "final_state", mosaic_gpu_fwd.final_state),
         record(mosaic_gpu_bwd, "backward", mosaic_gpu_bwd.backward),

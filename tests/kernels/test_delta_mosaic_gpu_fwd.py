@@ -255,9 +255,9 @@ def reason(query=SHAPE, key=SHAPE, value=SHAPE, g=GATE, **options):
 
 def test_reasons():
     assert reason() == "it needs an NVIDIA GPU of compute capability 9.0 (H100, H200)"
-    with _dispatch.assume_compute_capability("10.0"):
+    with _dispatch.targeting(_dispatch.Target("gpu", "10.0")):
         assert "this is 10.0" in reason()
-    with _dispatch.assume_compute_capability("9.0"):
+    with _dispatch.targeting(_dispatch.Target("gpu", "9.0")):
         assert reason() == "chunked is preferred here"
         assert "got float32" in reason(value=SHAPE.update(dtype=jnp.float32))
         other = SHAPE.update(dtype=jnp.float16)

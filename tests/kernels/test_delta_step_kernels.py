@@ -181,7 +181,7 @@ def test_gradients_are_those_of_the_recurrence(implementation):
 
 
 def reasons(capability, *operands):
-    with _dispatch.assume_compute_capability(capability):
+    with _dispatch.targeting(_dispatch.Target("gpu", capability)):
         return pk.explain("gated_delta_rule_step", *operands).reasons
 
 
@@ -211,10 +211,14 @@ def test_reasons_of_types(x64):
     operands = random(9)
     wide = [x.astype(jnp.float64) for x in operands]
     assert "got float64" in reasons("9.0", *wide)["triton"]
-    assert step_tuning.unsupported_reason(
-        "triton", dtypes=[jnp.float32], state_dtype=jnp.float32, key_dim=64, value_dim=64,
-        varying=True, compute_capability="9.0",
-    ) == "it updates the state in place, which `jax.shard_map` allows with `check_vma=False` only"  # fmt: skip
+    with _dispatch.targeting(_dispatch.Target("gpu", "9.0")):
+        reason = step_tuning.unsupported_reason(
+            "triton", dtypes=[jnp.float32], state_dtype=jnp.float32, key_dim=64, value_dim=64, varying=True
+        )  # fmt: skip
+    assert (
+        reason
+        == "it updates the state in place, which `jax.shard_map` allows with `check_vma=False` only"
+    )
 
 
 # --- machine code ----------------------------------------------------------------------------------------------------

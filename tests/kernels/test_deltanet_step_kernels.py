@@ -217,7 +217,7 @@ def test_on_the_hardware(implementation, length):
 def reasons(capability, **changes):
     sizes = dict(rows=1, length=1, key_dim=64, value_dim=64) | changes
     dtype = sizes.pop("dtype", "float32")
-    with _dispatch.assume_compute_capability(capability):
+    with _dispatch.targeting(_dispatch.Target("gpu", capability)):
         return pk.explain("gated_deltanet_step", **arrays(random_case(6, **sizes), dtype)).reasons
 
 
