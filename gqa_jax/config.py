@@ -1,29 +1,14 @@
 """Configurations: frozen, keyword-only, without behaviour; one that exists is valid. Errors name field, value, rule."""
 
 import dataclasses
-from collections.abc import Collection
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Collection, Hashable
+from typing import Any, Literal
+
+from gqa_jax.config_checks import normalise, require, require_positive
 
 QKNorm = Literal["none", "rms", "rms_zero_centred", "l2"]
+CHUNK_SIZES = (16, 32, 64, 128)  # what `gated_delta_rule` takes
 LayerKind = Literal["full_attention", "sliding_attention", "linear_attention"]
-
-
-def _require(condition: Any, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _require_positive(config, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"`{field}` must be an int, got {value!r}")
-        _require(value > 0, f"`{field}` must be positive, got {value}")
-
-
-def _require_choice(config, field: str, choices: tuple) -> None:
-    value = getattr(config, field)
-    _require(value in choices, f"`{field}` must be one of {choices}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +18,8 @@ class LinearScaling:
     factor: float
 
     def __post_init__(self):
-        _require(self.factor >= 1, f"`factor` must be at least 1, got {self.factor}")
+        normalise(self)
+        require(self.factor >= 1, f"`factor` must be at least 1, got {self.factor}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,13 +32,14 @@ class Llama3Scaling:
     original_max_positions: int = 8192
 
     def __post_init__(self):
-        _require(self.factor >= 1, f"`factor` must be at least 1, got {self.factor}")
-        _require(
+        normalise(self)
+        require(self.factor >= 1, f"`factor` must be at least 1, got {self.factor}")
+        require(
             0 < self.low_freq_factor < self.high_freq_factor,
             f"`low_freq_factor={self.low_freq_factor}` must lie between 0 and "
             f"`high_freq_factor={self.high_freq_factor}`",
         )
-        _require_positive(self, "original_max_positions")
+        require_positive(self, "original_max_positions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,8 +64,10 @@ class YarnScaling:
     truncate: bool = True
 
     def __post_init__(self):
-        _require(self.factor >= 1, f"`factor` must be at least 1, got {self.factor}")
-        _require_positive(self, "original_max_positions")
+        normalise(self)
+        require(self.factor >= 1, f"`factor` must be at least 1, got {self.factor}")
+        require_positive(self, "original_max_positions", "beta_fast", "beta_slow")
+        require_positive(self, "attention_factor", "mscale", "mscale_all_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,20 +91,22 @@ class RopeConfig:
     mrope_interleaved: bool = False
 
     def __post_init__(self):
-        _require(self.theta > 0, f"`theta` must be positive, got {self.theta}")
-        _require_choice(self, "pairing", ("half", "adjacent"))
+        normalise(self)
+        require_positive(self, "theta")
+        if isinstance(self.scaling, YarnScaling):
+            require(self.theta > 1, f"`theta` must exceed 1 with YarnScaling, got {self.theta}")
         if self.rotary_dim is not None:
-            _require(
+            require(
                 self.rotary_dim > 0 and self.rotary_dim % 2 == 0,
                 f"`rotary_dim` must be positive and even, got {self.rotary_dim}",
             )
         if self.mrope_sections is not None:
-            _require(
-                len(self.mrope_sections) == 3,
-                f"`mrope_sections` must hold three counts, got {self.mrope_sections}",
+            require(
+                min(self.mrope_sections) >= 0,
+                f"`mrope_sections` must not be negative, got {self.mrope_sections}",
             )
             if self.rotary_dim is not None:
-                _require(
+                require(
                     sum(self.mrope_sections) == self.rotary_dim // 2,
                     f"`mrope_sections={self.mrope_sections}` must sum to rotary_dim / 2 = {self.rotary_dim // 2}",
                 )
@@ -165,35 +156,31 @@ class AttentionConfig:
     dropout_rate: float = 0.0
 
     def __post_init__(self):
-        _require_positive(self, "model_dim", "num_heads", "num_kv_heads", "head_dim")
-        _require(
+        normalise(self)
+        require_positive(self, "model_dim", "num_heads", "num_kv_heads", "head_dim")
+        require(
             self.num_heads % self.num_kv_heads == 0,
             f"`num_heads={self.num_heads}` must be a multiple of `num_kv_heads={self.num_kv_heads}`",
         )
-        _require_choice(self, "output_gate_dtype", ("model", "float32"))
-        _require_choice(self, "qk_norm", ("none", "rms", "rms_zero_centred", "l2"))
-        _require_choice(self, "qk_norm_position", ("before_rope", "after_rope"))
-        _require_choice(self, "sinks", ("none", "zero", "learnable"))
-        _require(self.norm_eps > 0, f"`norm_eps` must be positive, got {self.norm_eps}")
+        require_positive(self, "norm_eps")
+        require_positive(self, "sliding_window")
         if self.sliding_window is not None:
-            _require_positive(self, "sliding_window")
-            _require(self.is_causal, "`sliding_window` needs `is_causal=True`")
-        if self.scale is not None:
-            _require(self.scale > 0, f"`scale` must be positive, got {self.scale}")
-        if self.logits_soft_cap is not None:
-            _require(
-                self.logits_soft_cap > 0,
-                f"`logits_soft_cap` must be positive, got {self.logits_soft_cap}",
-            )
-        _require(
+            require(self.is_causal, "`sliding_window` needs `is_causal=True`")
+        require_positive(self, "scale", "logits_soft_cap")
+        require(
             0.0 <= self.dropout_rate < 1.0,
             f"`dropout_rate` must be in [0, 1), got {self.dropout_rate}",
         )
         if self.rope is not None:
             rotary_dim = self.rope.rotary_dim or self.head_dim
-            _require(
+            require(
                 rotary_dim <= self.head_dim and rotary_dim % 2 == 0,
                 f"`rope.rotary_dim={rotary_dim}` must be even and at most `head_dim={self.head_dim}`",
+            )
+            sections = self.rope.mrope_sections
+            require(
+                sections is None or sum(sections) == rotary_dim // 2,
+                f"`rope.mrope_sections={sections}` must sum to rotary_dim / 2 = {rotary_dim // 2}",
             )
 
     @property
@@ -235,7 +222,8 @@ class GatedDeltaNetConfig:
     chunk_size: int | None = None
 
     def __post_init__(self):
-        _require_positive(
+        normalise(self)
+        require_positive(
             self,
             "model_dim",
             "num_key_heads",
@@ -244,18 +232,19 @@ class GatedDeltaNetConfig:
             "value_head_dim",
             "conv_width",
         )
-        _require(
+        require(
             self.num_value_heads % self.num_key_heads == 0,
             f"`num_value_heads={self.num_value_heads}` must be a multiple of `num_key_heads={self.num_key_heads}`",
         )
-        _require(self.norm_eps > 0, f"`norm_eps` must be positive, got {self.norm_eps}")
-        _require_choice(self, "decay_init", ("ones", "mamba"))
+        require_positive(self, "norm_eps")
         low, high = self.A_init_range
-        _require(
+        require(
             0 < low <= high, f"`A_init_range` must satisfy 0 < low <= high, got {self.A_init_range}"
         )
-        if self.chunk_size is not None:
-            _require_positive(self, "chunk_size")
+        require(
+            self.chunk_size in (None, *CHUNK_SIZES),
+            f"`chunk_size` must be None or one of {CHUNK_SIZES}, got {self.chunk_size}",
+        )
 
     @property
     def v_per_key(self) -> int:
@@ -281,14 +270,14 @@ class MoEConfig:
     normalize_top_k: bool = True
 
     def __post_init__(self):
-        _require_positive(self, "num_experts", "num_experts_per_token", "intermediate_size")
-        _require(
+        normalise(self)
+        require_positive(self, "num_experts", "num_experts_per_token", "intermediate_size")
+        require(
             self.num_experts_per_token <= self.num_experts,
             f"`num_experts_per_token={self.num_experts_per_token}` must be at most "
             f"`num_experts={self.num_experts}`",
         )
-        if self.shared_intermediate_size is not None:
-            _require_positive(self, "shared_intermediate_size")
+        require_positive(self, "shared_intermediate_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -310,7 +299,8 @@ class DecoderConfig:
       source: folder that `checkpoint.load_hf` read; `save_hf` takes the tokenizer and other such files from it.
       stop_tokens, pad_token: ids that end a text (end-of-sequence tokens) and fill what is behind; for `generate`.
       scan_layers: scan over the repeating pattern of layers (stacked parameters, one compile per pattern).
-      remat: recompute each layer in the backward pass.
+      remat: recompute each layer in the backward pass: all of it (True), or what a policy of `jax.checkpoint` does not
+        keep, e.g. `recompute.policy(save=("core_attention",))`.
     """
 
     vocab_size: int
@@ -330,44 +320,50 @@ class DecoderConfig:
     stop_tokens: tuple[int, ...] = ()
     pad_token: int | None = None
     scan_layers: bool = False
-    remat: bool = False
+    remat: bool | Callable[..., Any] = False
 
     def __post_init__(self):
-        _require_positive(self, "vocab_size", "model_dim")
-        _require(len(self.layers) > 0, "`layers` must name at least one layer")
-        kinds = set(self.layers)
-        if strange := kinds - set(get_args(LayerKind)):
-            raise ValueError(
-                f"`layers` must hold full_attention, sliding_attention or linear_attention, got {min(strange)!r}"
+        normalise(self)
+        require_positive(self, "vocab_size", "model_dim", "norm_eps")
+        if not isinstance(self.remat, bool) and not (
+            callable(self.remat) and isinstance(self.remat, Hashable)
+        ):
+            raise TypeError(
+                f"`remat` must be True, False or a policy of `jax.checkpoint` (hashable), got {self.remat!r}"
             )
+        require(len(self.layers) > 0, "`layers` must name at least one layer")
+        kinds = set(self.layers)
         linear = kinds & {"linear_attention"}
         for name, needing in (("attention", kinds - linear), ("gated_deltanet", linear)):
             config = getattr(self, name)
-            _require(config or not needing, f"`{name}` must be given for `layers` of {needing}")
-            _require(
+            require(config or not needing, f"`{name}` must be given for `layers` of {needing}")
+            require(
                 not config or config.model_dim == self.model_dim,
                 f"`{name}.model_dim` must equal `model_dim={self.model_dim}`, got {config}",
             )
         if "sliding_attention" in kinds:
-            _require(
+            require(
                 self.sliding_window is not None and self.sliding_window > 0,
                 f"`sliding_window` must be positive when `layers` has sliding_attention, got {self.sliding_window}",
             )
+            require(
+                self.attention is not None and self.attention.is_causal,
+                "`attention.is_causal` must be True when `layers` has sliding_attention, got False",
+            )
         if self.moe_layers is not None:
-            _require(
+            require(
                 len(self.moe_layers) == len(self.layers),
                 f"`moe_layers` must have one entry per layer ({len(self.layers)}), got {len(self.moe_layers)}",
             )
-            _require(
+            require(
                 self.moe is not None or not any(self.moe_layers),
                 "`moe` must be given when `moe_layers` has any",
             )
-        if not all(self.is_moe(i) for i in range(len(self.layers))):
-            _require(
-                self.intermediate_size is not None,
-                "`intermediate_size` must be given for dense layers",
-            )
-            _require_positive(self, "intermediate_size")
+        require(
+            self.intermediate_size or all(self.is_moe(i) for i in range(len(self.layers))),
+            "`intermediate_size` must be given for dense layers",
+        )
+        require_positive(self, "intermediate_size")
 
     @classmethod
     def from_hf(cls, source: Any, *, ignore: Collection[str] = ()) -> "DecoderConfig":

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from gqa_jax import tensor_parallel
+from gqa_jax import qk_clip, tensor_parallel
 from gqa_jax.attention import SelfAttention
 from gqa_jax.cache import AttentionCache, GatedDeltaNetState, Policy
 from gqa_jax.config import DecoderConfig
 from gqa_jax.context_parallel import ContextParallel
-from gqa_jax.decoder_checks import check_cache, check_token_range, check_token_shape
+from gqa_jax.decoder_checks import check_cache, check_marks, check_token_range, check_token_shape
 from gqa_jax.decoder_checks import pattern_length as pattern_length
 from gqa_jax.decoder_layer import DecoderLayer, Embedding
 from gqa_jax.gated_deltanet import GatedDeltaNet
@@ -300,21 +300,12 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, RouterStatistics | None]:
         """Output of the last layer, before the final norm, and the router's statistics."""
         check_token_shape(tokens)
-        real = None
-        if segment_ids is not None:
-            if segment_ids.shape != tokens.shape:
-                raise ValueError(
-                    f"`segment_ids` must have the shape of `tokens`, {tokens.shape}, got {segment_ids.shape}"
-                )
-            real = segment_ids >= 0
-            if positions is None:
-                tensor_parallel.check_positions(self.context_parallel)
-                positions = positions_in_segments(segment_ids)
+        check_marks(tokens, positions, segment_ids)
+        real = None if segment_ids is None else segment_ids >= 0
+        if segment_ids is not None and positions is None:
+            tensor_parallel.check_positions(self.context_parallel)
+            positions = positions_in_segments(segment_ids)
         check_token_range(tokens, self.config.vocab_size, real)
-        if positions is not None and positions.shape not in (tokens.shape, (3, *tokens.shape)):
-            raise ValueError(
-                f"`positions` must have shape {tokens.shape} or {(3, *tokens.shape)}, got {positions.shape}"
-            )
         drops = (
             not deterministic and self.config.attention and self.config.attention.dropout_rate > 0
         )
@@ -322,21 +313,24 @@ class Decoder(nnx.Module):
             raise ValueError("`dropout_key` must be given when deterministic=False, got None")
 
         def run(layer, x, key):
-            return layer(
+            out = layer(
                 x,
                 positions=positions,
                 segment_ids=segment_ids,
                 deterministic=deterministic,
                 dropout_key=key,
             )
+            return *out, qk_clip.records(layer)
 
-        if self.config.remat:
-            run = jax.checkpoint(run)
+        remat = self.config.remat
+        if remat:
+            run = jax.checkpoint(run, policy=None if remat is True else remat)
 
         def run_pattern(layers, first, x, router):
             for i, layer in enumerate(layers):
                 key = jax.random.fold_in(dropout_key, first + i) if drops else None
-                x, statistics = run(layer, x, key)
+                x, statistics, recorded = run(layer, x, key)
+                qk_clip.put_records(layer, recorded)
                 if statistics is not None:
                     router = router.merge(statistics)
             return x, router
@@ -349,10 +343,12 @@ class Decoder(nnx.Module):
 
         def body(carry, repeat):
             first, layers = repeat
-            return run_pattern(layers, first, *carry), None
+            return run_pattern(layers, first, *carry), qk_clip.records(layers)
 
         firsts = jnp.arange(self._repeats, dtype=jnp.int32) * self.pattern
-        return jax.lax.scan(body, (x, router), (firsts, self.layers))[0]
+        out, recorded = jax.lax.scan(body, (x, router), (firsts, self.layers))
+        qk_clip.put_records(self.layers, recorded)
+        return out
 
     def _scan_step(self, x, cache, lengths) -> tuple[Array, DecoderCache]:
         """`step` of all layers with the stacked cache as the scan's carry, so that it is one buffer throughout."""

@@ -20,6 +20,18 @@ def check_token_shape(tokens: Any) -> None:
         raise ValueError(f"`tokens` must have shape [B, T] with T >= 1, got {tokens.shape}")
 
 
+def check_marks(tokens: Array, positions: Array | None, segment_ids: Array | None) -> None:
+    """Raises unless positions and segment ids have the shapes that go with `tokens`."""
+    if segment_ids is not None and segment_ids.shape != tokens.shape:
+        raise ValueError(
+            f"`segment_ids` must have the shape of `tokens`, {tokens.shape}, got {segment_ids.shape}"
+        )
+    if positions is not None and positions.shape not in (tokens.shape, (3, *tokens.shape)):
+        raise ValueError(
+            f"`positions` must have shape {tokens.shape} or {(3, *tokens.shape)}, got {positions.shape}"
+        )
+
+
 def check_token_range(tokens: Array, vocab_size: int, real: Array | None) -> None:
     """Raises where a real token (all, if `real` is None) is no id; cannot see inside `jit`."""
     if isinstance(tokens, Tracer) or isinstance(real, Tracer):

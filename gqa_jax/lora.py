@@ -20,7 +20,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from gqa_jax.projection import Projection
+from gqa_jax.projection import Projection, compute_dtype
 
 Path = tuple[Any, ...]
 TARGETS = ("qkv", "q", "kv", "out", "gate_up", "down", "in_proj", "ba")
@@ -148,7 +148,7 @@ class LoRAProjection(nnx.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """As the base, with the adapted kernel; the norm in DoRA's denominator passes no gradient (section 4.3)."""
         kernel, a, b = self.kernel[...], self.lora_a[...], self.lora_b[...]
-        dtype = self.dtype or np.promote_types(x.dtype, kernel.dtype)
+        dtype = compute_dtype(x, kernel, self.dtype)
         low = jnp.tensordot(x.astype(dtype), a.astype(dtype), axes=self.base.num_in)
         delta = jnp.tensordot(low, b.astype(dtype), axes=1) * jnp.asarray(self.scaling, dtype)
         out = self.base(x)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gqa_jax import tensor_parallel
 from gqa_jax.config import MoEConfig
 from gqa_jax.mlp import MLP, swiglu
-from gqa_jax.projection import Projection
+from gqa_jax.projection import Projection, compute_dtype
 from gqa_jax.sharding import MeshAxes
 
 
@@ -92,7 +92,7 @@ class Experts(nnx.Module):
     def __call__(self, x: Float[Array, "n M"], group_sizes: Int[Array, "E"]) -> Array:
         """Row i of x goes through the expert of its group; `[n, M]`."""
         gate_up, down = self.gate_up[...], self.down[...]
-        dtype = self.dtype or np.promote_types(x.dtype, gate_up.dtype)
+        dtype = compute_dtype(x, gate_up, self.dtype)
         experts, model_dim, width, _ = gate_up.shape
         fused = gate_up.astype(dtype).reshape(experts, model_dim, 2 * width)
         hidden = jax.lax.ragged_dot(x.astype(dtype), fused, group_sizes)

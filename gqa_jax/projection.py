@@ -1,12 +1,28 @@
 """Linear projection whose kernel keeps its group and head axes, so that a shard is whole groups."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
+
+
+def compute_dtype(x: Array, kernel: Array, dtype: Any) -> Any:
+    """The dtype of a product: the layer's, or what input and kernel promote to (float16 and bfloat16: float32).
+
+    Raises:
+      TypeError: an input that is no floating-point array.
+    """
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise TypeError(f"`x` must be a floating-point array, got {jnp.result_type(x)}")
+    if dtype is not None:
+        return dtype
+    if {x.dtype, kernel.dtype} == {jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16)}:
+        return jnp.float32
+    return np.promote_types(x.dtype, kernel.dtype)
 
 
 class Projection(nnx.Module):
@@ -43,7 +59,7 @@ class Projection(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Returns `[..., *out_shape]` in `dtype`, or in the dtype that x and the kernel promote to."""
         kernel = self.kernel[...]
-        dtype = self.dtype or np.promote_types(x.dtype, kernel.dtype)
+        dtype = compute_dtype(x, kernel, self.dtype)
         out = jnp.tensordot(x.astype(dtype), kernel.astype(dtype), axes=self.num_in)
         if self.bias is not None:
             bias = self.bias[...].astype(dtype)

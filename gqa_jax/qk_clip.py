@@ -4,14 +4,19 @@ groups whose attention logits have grown beyond a threshold.
 Record the largest logits with the forward pass, then clip:
 
   >>> loss_fn = nnx.capture(loss, qk_clip.MaxLogits)
-  >>> loss, recorded = loss_fn(model, batch)
-  >>> qk_clip.clip_layer(layer, recorded["layers"][0]["mixer"]["max_logits"][0], threshold=100.0)
+  >>> (loss, recorded), grads = nnx.value_and_grad(loss_fn, has_aux=True)(decoder, batch)
+  >>> ...                                       # the optimizer's step
+  >>> qk_clip.clip_decoder(decoder, recorded, threshold=100.0)
+
+`nnx.capture` goes inside `jit` and inside the gradient, round the function that calls the model: what a transformation
+traces is a copy of the model. A `Decoder` brings the records out of its own `remat` and `scan_layers`.
 
 Everything acts on the group axis elementwise, so it is right whatever axis of the parameters is sharded; logits come
 from global arrays, so their maximum already spans data and context parallel shards.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +61,25 @@ def without_records(layer: Any) -> Any:
         if hasattr(module, "__captures__"):
             del module.__captures__
     return copy
+
+
+def records(layer: Any) -> list[dict[str, Any]]:
+    """What `nnx.capture` has collected in a layer so far, of every type, as values.
+
+    `jax.checkpoint` and `lax.scan` work on copies of the layer, out of which only values come.
+    """
+    return [variable.get_value() for variable in _captures(layer)]
+
+
+def put_records(layer: Any, values: list[dict[str, Any]]) -> None:
+    """Puts what `records` returned for a copy of the layer into the layer."""
+    for variable, value in zip(_captures(layer), values, strict=True):
+        variable.set_value(value)
+
+
+def _captures(layer: Any) -> list[nnx.Variable]:
+    modules = (module for _, module in nnx.iter_modules(layer))
+    return [variable for module in modules for variable in getattr(module, "__captures__", ())]
 
 
 def max_logits(
@@ -211,16 +235,11 @@ def clip_layer(
       `masters` clipped (empty without any): put them back into the optimizer's state.
 
     Raises:
-      ValueError: besides those of `clip_qkv`: queries and keys are normalised, so that scaling their weights would
-        change nothing; it carries a LoRA adapter; or masters that are not parameters of the projection.
+      ValueError: besides those of `clip_qkv`: not a `SelfAttention`; queries and keys are normalised, so that scaling
+        their weights would change nothing; it carries a LoRA adapter; or masters that are not parameters of the
+        projection.
     """
-    if layer.q_norm is not None:
-        raise ValueError(
-            "`layer` must not normalise queries and keys, got qk_norm="
-            f"{layer.config.qk_norm!r}: a norm undoes any scaling of the projection"
-        )
-    if hasattr(layer.qkv, "lora_b"):
-        raise ValueError("`layer.qkv` must not carry a LoRA adapter: merge it first")
+    _check_clippable(layer)
     parameters = {"kernel": layer.qkv.kernel}
     if layer.qkv.bias is not None:
         parameters["bias"] = layer.qkv.bias
@@ -234,3 +253,79 @@ def clip_layer(
     for parameter in parameters.values():
         parameter[...] = clip_qkv(parameter[...], max_logits, **options)
     return clipped
+
+
+def _check_clippable(layer: Any) -> None:
+    if not hasattr(layer, "qkv"):
+        raise ValueError(
+            f"`layer` must be a SelfAttention, which has queries and keys in one projection, got {type(layer).__name__}"
+        )
+    if layer.q_norm is not None:
+        raise ValueError(
+            "`layer` must not normalise queries and keys, got qk_norm="
+            f"{layer.config.qk_norm!r}: a norm undoes any scaling of the projection"
+        )
+    if hasattr(layer.qkv, "lora_b"):
+        raise ValueError("`layer.qkv` must not carry a LoRA adapter: merge it first")
+    if not hasattr(layer.qkv, "kernel"):
+        raise ValueError(
+            f"`layer.qkv` must be a projection with a `kernel`, got {type(layer.qkv).__name__}"
+        )
+
+
+def decoder_logits(decoder: Any, recorded: Mapping) -> dict[int, Float[Array, "K R"]]:
+    """The largest logits of each attention layer by its index in `decoder.config.layers`.
+
+    Args:
+      decoder: the `Decoder`, with or without `scan_layers`.
+      recorded: what `nnx.capture(..., MaxLogits)` returned for calls of it. With `scan_layers` the record of
+        `decoder.layers[i]` is `[repeats, K, R]`, and its row r belongs to layer r * pattern + i.
+
+    Returns:
+      `[K, R]` float32 each, the largest over all calls.
+
+    Raises:
+      ValueError: no record for a layer.
+    """
+    found: dict[int, Array] = {}
+    for i, _, top in _recorded(decoder, recorded):
+        rows = top if decoder.config.scan_layers else top[None]
+        found |= {r * decoder.pattern + i: row for r, row in enumerate(rows)}
+    return dict(sorted(found.items()))
+
+
+def clip_decoder(
+    decoder: Any, recorded: Mapping, *, threshold: float = 100.0, alpha: float = 0.5
+) -> None:
+    """`clip_layer` for every attention layer of a `Decoder`, in place.
+
+    An optimizer's master copies have the structure of the parameters: `nnx.merge` them into a decoder, clip that too.
+
+    Args:
+      decoder: with or without `scan_layers`.
+      recorded: what `nnx.capture(..., MaxLogits)` returned for its calls. Of several calls the largest logit counts.
+      threshold, alpha: see `clip_factors`.
+
+    Raises:
+      ValueError: as `clip_layer`, or no record for a layer; the decoder is then unchanged.
+    """
+    found = list(_recorded(decoder, recorded))
+    for _, layer, _ in found:
+        _check_clippable(layer)
+    for _, layer, top in found:
+        clip_layer(layer, top, threshold=threshold, alpha=alpha)
+
+
+def _recorded(decoder: Any, recorded: Mapping) -> Iterator[tuple[int, Any, Array]]:
+    """(i, mixer, its largest logits) of every `decoder.layers[i]` with attention."""
+    for i, layer in enumerate(decoder.layers):
+        if not hasattr(layer.mixer, "sinks"):  # Gated DeltaNet
+            continue
+        try:
+            calls = recorded["layers"][i]["mixer"]["max_logits"]
+        except KeyError:
+            raise ValueError(
+                "`recorded` must come from `nnx.capture(..., qk_clip.MaxLogits)` round a call of `decoder`, got "
+                f"nothing for layers[{i}]"
+            ) from None
+        yield i, layer.mixer, functools.reduce(jnp.maximum, calls)

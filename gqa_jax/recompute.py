@@ -4,11 +4,13 @@
   norm_out        normalised queries and keys; in Gated DeltaNet the gated output norm
   core_attention  the output of attention or of the delta rule, before gate and output projection
 
+  >>> config = dataclasses.replace(config, remat=recompute.policy(save=("core_attention",)))    # of a decoder
   >>> layer = jax.checkpoint(layer_fn, policy=recompute.policy(save=("core_attention",)))
 
 A policy decides for values that carry a name and drops all others; `save=()` therefore recomputes everything.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -37,6 +39,11 @@ def policy(*, save: Sequence[str] = (), offload: Sequence[str] = ()) -> Callable
     both = sorted(set(save) & set(offload))
     if both:
         raise ValueError(f"`save` and `offload` must not share names, got {both} in both")
+    return _policy(tuple(save), tuple(offload))
+
+
+@functools.cache  # configs that hold equal policies are equal
+def _policy(save: tuple[str, ...], offload: tuple[str, ...]) -> Callable:
     if not offload:
         return jax.checkpoint_policies.save_only_these_names(*save)
     device = jax.local_devices()[0]
