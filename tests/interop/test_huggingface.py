@@ -8,43 +8,21 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from interop import huggingface, torch_function  # noqa: E402
+from interop.huggingface.attention import _attention  # noqa: E402
 from tests.support.compare import assert_close  # noqa: E402
-
-pytestmark = pytest.mark.torch
-
-FAMILIES = ("llama", "qwen3", "qwen3_next", "qwen3_5")
-HYBRIDS = FAMILIES[2:]
-NAME = "gqa_jax"
-_SIZES = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-    max_position_embeddings=128,
-)  # fmt: skip
-_LINEAR = dict(
-    num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4,
-    linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=4, linear_conv_kernel_dim=4,
-)  # fmt: skip
-_EXPERTS = dict(
-    num_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=16,
-    shared_expert_intermediate_size=16,
+from tests.support.tiny_transformers import (  # noqa: E402
+    FAMILIES,
+    NAME,
+    SIZES,
+    Ours,
+    both,
+    build,
+    is_ours,
+    left_padding,
+    tokens,
 )
 
-
-def build(family: str):
-    torch.manual_seed(0)
-    match family:
-        case "llama":
-            config = transformers.LlamaConfig(**_SIZES, num_hidden_layers=2)
-            return transformers.LlamaForCausalLM(config).eval()
-        case "qwen3":
-            config = transformers.Qwen3Config(**_SIZES, num_hidden_layers=2)
-            return transformers.Qwen3ForCausalLM(config).eval()
-        case "qwen3_next":
-            config = transformers.Qwen3NextConfig(**_SIZES, **_LINEAR, **_EXPERTS)
-            return transformers.Qwen3NextForCausalLM(config).eval()
-    config = transformers.Qwen3_5TextConfig(**_SIZES, **_LINEAR)
-    return transformers.Qwen3_5ForCausalLM(config).eval()
+pytestmark = pytest.mark.torch
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,41 +33,6 @@ def registered():
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
     return build(request.param)
-
-
-class Ours:
-    """The model with our operators, inside the block."""
-
-    def __init__(self, model):
-        self.model, self.patch = model, None
-
-    def __enter__(self):
-        self.model.set_attn_implementation(NAME)
-        if "linear_attention" in (getattr(self.model.config, "layer_types", None) or ()):
-            self.patch = huggingface.patch_gated_delta(self.model)
-
-    def __exit__(self, *exception):
-        self.model.set_attn_implementation("eager")
-        if self.patch:
-            self.patch.undo()
-
-
-def tokens(length=13, seed=1):
-    return torch.randint(0, 64, (2, length), generator=torch.Generator().manual_seed(seed))
-
-
-def both(model, function):
-    """`function()` with our operators, then with transformers' eager ones."""
-    with Ours(model):
-        ours = function()
-    model.set_attn_implementation("eager")
-    return ours, function()
-
-
-def left_padding(ids, count=4):
-    mask = torch.ones_like(ids)
-    mask[1, :count] = 0
-    return mask
 
 
 def test_logits_and_padded_batches(model):
@@ -158,31 +101,27 @@ def test_the_whole_model_compiles(model):
     ids = tokens(8)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        ours, theirs = both(model, lambda: (compiled if _is_ours(model) else model)(ids).logits)
+        ours, theirs = both(model, lambda: (compiled if is_ours(model) else model)(ids).logits)
     assert_close(ours, theirs, atol=1e-5)
-
-
-def _is_ours(model) -> bool:
-    return model.config._attn_implementation == NAME
 
 
 def test_a_growing_cache_compiles_few_times():
     model = build("llama")
     ids = tokens(5)
     with Ours(model), torch.no_grad():
-        before = torch_function.compiled_shapes(huggingface._attention)
+        before = torch_function.compiled_shapes(_attention)
         model.generate(ids, max_new_tokens=60, do_sample=False, pad_token_id=0)
-        compiled = torch_function.compiled_shapes(huggingface._attention) - before
+        compiled = torch_function.compiled_shapes(_attention) - before
     assert (
         compiled <= 8
     )  # one prefill; decoding at 16, 24, 32, 48, 64 keys, with and without a mask
 
 
 def test_sliding_window_soft_cap_and_sinks():
-    config = transformers.MistralConfig(**_SIZES, num_hidden_layers=1, sliding_window=3)
+    config = transformers.MistralConfig(**SIZES, num_hidden_layers=1, sliding_window=3)
     mistral = transformers.MistralForCausalLM(config).eval()
     config = transformers.Gemma2Config(
-        **_SIZES,
+        **SIZES,
         num_hidden_layers=2,
         sliding_window=3,
         attn_logit_softcapping=0.5,
@@ -190,7 +129,7 @@ def test_sliding_window_soft_cap_and_sinks():
     )
     gemma = transformers.Gemma2ForCausalLM(config).eval()
     config = transformers.GptOssConfig(
-        **{**_SIZES, "intermediate_size": 16},
+        **{**SIZES, "intermediate_size": 16},
         num_hidden_layers=2,
         sliding_window=3,
         num_local_experts=4,
@@ -218,7 +157,7 @@ def test_without_padding_the_masks_are_not_needed_and_with_it_they_are():
 
 
 def test_dropout_trains_and_follows_the_seed():
-    config = transformers.LlamaConfig(**_SIZES, num_hidden_layers=1, attention_dropout=0.5)
+    config = transformers.LlamaConfig(**SIZES, num_hidden_layers=1, attention_dropout=0.5)
     model = transformers.LlamaForCausalLM(config).train()
     ids = tokens()
     with Ours(model):
@@ -235,14 +174,14 @@ def test_what_is_not_supported_raises():
         torch.nn.Module(), query, kv, kv, None, **options
     )
     for name in (
-        "output_attentions",
         "position_bias",
-        "cu_seq_lens_q",
-        "cu_seq_lens_k",
         "head_mask",
+        "indices",
+        "a_name_of_tomorrow",
     ):
         with pytest.raises(NotImplementedError, match=f"does not support `{name}`"):
             call(**{name: True})
+        call(**{name: None})
     call(output_attentions=False, position_ids=torch.arange(3)[None], use_cache=True)
     with pytest.raises(ValueError, match="`name` must be free, got 'sdpa'"):
         huggingface.register_attention("sdpa")

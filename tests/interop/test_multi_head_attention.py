@@ -183,7 +183,7 @@ def test_decoding_compiles_whole():
             compiled(x[:, :1], x[:, :1], input_pos=torch.tensor([[5]]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_scaled_dot_product_attentions(dtype):
     layer = build(pos_embeddings=Rotate())
     x = torch.randn(3, 5, 32)
