@@ -61,7 +61,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely")
     command.add_argument("--top-p", type=float, metavar="P", help="draw among the top share P")
     command.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
-    command.add_argument("--stop", metavar="1,2", help="token ids that end the text")
+    command.add_argument(
+        "--stop",
+        metavar="1,2",
+        help="token ids that end the text, or none (those of the checkpoint's own configuration)",
+    )
+    command.add_argument(
+        "--ignore", metavar="a,b", help="fields of config.json to read as if they were absent"
+    )
     command.set_defaults(run=run_generate)
 
     command = commands.add_parser(
@@ -80,44 +87,37 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    """`demo`; 2 for options that make no sense."""
-    wrong = demo.check_arguments(options)
-    return _refuse("demo", wrong) if wrong else demo.run(options)
+    """`demo`; a ValueError for options that make no sense."""
+    if wrong := demo.check_arguments(options):
+        raise ValueError(wrong)
+    return demo.run(options)
 
 
 def run_generate(options: argparse.Namespace) -> int:
-    """`generate`; 2 for options that make no sense, 1 for a checkpoint that cannot be read."""
-    try:
-        tokens = _token_ids("--tokens", options.tokens)
-        stop_tokens = _token_ids("--stop", options.stop)
-    except ValueError as error:
-        return _refuse("generate", str(error))
-    try:
-        decoder = checkpoint.load_hf(options.checkpoint)
-    except (OSError, ValueError) as error:
-        print(f"python -m gqa_jax generate: {options.checkpoint}: {error}", file=sys.stderr)
-        return 1
+    """`generate`; a ValueError or OSError for options that make no sense and checkpoints that cannot be read."""
+    tokens = [] if options.tokens is None else _token_ids("--tokens", options.tokens)
+    stop_tokens = None
+    if options.stop is not None:
+        stop_tokens = [] if options.stop == "none" else _token_ids("--stop", options.stop)
+    ignore = options.ignore.split(",") if options.ignore else ()
+    decoder = checkpoint.load_hf(options.checkpoint, ignore=ignore)
     if options.prompt is not None:
         if decoder.config.vocab_size != VOCAB_SIZE:
-            return _refuse(
-                "generate",
+            raise ValueError(
                 f"--prompt needs a model whose tokens are bytes (vocab_size {VOCAB_SIZE}), this one has "
-                f"{decoder.config.vocab_size}: give token ids with --tokens",
+                f"{decoder.config.vocab_size}: give token ids with --tokens"
             )
         tokens = list(options.prompt.encode())
-    try:
-        steps = stream(
-            decoder,
-            [tokens],
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            stop_tokens=stop_tokens,
-            key=jax.random.key(options.seed),
-        )
-    except ValueError as error:
-        return _refuse("generate", str(error))
+    steps = stream(
+        decoder,
+        [tokens],
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop_tokens=stop_tokens,
+        key=jax.random.key(options.seed),
+    )
     ids = (int(step.tokens[0]) for step in steps)
     if options.prompt is not None:
         print(options.prompt, end="")
@@ -130,16 +130,11 @@ def run_generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _token_ids(option: str, text: str | None) -> list[int]:
+def _token_ids(option: str, text: str) -> list[int]:
     try:
-        return [] if text is None else [int(part) for part in text.split(",")]
+        return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} must be integers joined by commas, got {text!r}") from None
-
-
-def _refuse(command: str, message: str) -> int:
-    print(f"python -m gqa_jax {command}: error: {message}", file=sys.stderr)
-    return 2
 
 
 def run_info(options: argparse.Namespace) -> int:
@@ -196,9 +191,15 @@ def typical_calls() -> list[tuple[str, tuple, dict]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; its exit status."""
+    """Runs one command; its exit status, which is 2, after one line that says why, for bad input."""
     options = build_parser().parse_args(arguments)
-    return options.run(options)
+    try:
+        return options.run(options)
+    except (ValueError, OSError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) <= 1000 else reason[:997] + "..."
+        print(f"python -m gqa_jax {options.command}: error: {reason}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ that is not donated on every call.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 from gqa_jax import tensor_parallel
 from gqa_jax.cache import Policy
 from gqa_jax.decoder import Decoder, DecoderCache
-from gqa_jax.sampling import Sampling, make_sampling, sample
+from gqa_jax.prompts import Prompts, pad_prompts
+from gqa_jax.sampling import Sampling, as_int, make_sampling, sample
 from gqa_jax.sharding import MeshAxes
-
-Prompts = Sequence[Sequence[int]] | Int[Array, "B T"] | np.ndarray
 
 
 class Generation(NamedTuple):
@@ -78,20 +77,45 @@ class _Rules:
     axes: MeshAxes | None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Options:
+    """The arguments of `generate` besides the decoder and the prompts."""
+
+    max_new_tokens: int
+    prompt_lengths: Any = None
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    stop_tokens: int | Iterable[int] | None = None
+    key: Array | None = None
+    max_length: int | None = None
+    prefill_chunk: int | None = None
+    pad_token: int | None = None
+    cache_dtype: Any = None
+    cache_policy: Policy = "full"
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "prefill_chunk", "max_length"):
+            value = getattr(self, name)
+            if value is not None or name == "max_new_tokens":
+                value = as_int(name, value, "a positive int", minimum=1)
+                object.__setattr__(self, name, value)
+
+
 def generate(
     decoder: Decoder,
     prompts: Prompts,
-    *,
     max_new_tokens: int,
+    *,
     prompt_lengths: Int[Array, "B"] | Sequence[int] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: int | Iterable[int] | None = None,
     key: Array | None = None,
     max_length: int | None = None,
     prefill_chunk: int | None = None,
-    pad_token: int = 0,
+    pad_token: int | None = None,
     cache_dtype=None,
     cache_policy: Policy = "full",
 ) -> Generation:
@@ -104,15 +128,19 @@ def generate(
       prompt_lengths: `[B]`, real tokens of each row of a right-padded array; None means all.
       temperature: 0 takes the most likely token; otherwise it divides the logits.
       top_k, top_p: filters, see `sampling.make_sampling`.
-      stop_tokens: ids that end a row (and are its last token).
+      stop_tokens: id or ids that end a row (and are its last token); None means those of `decoder.config`, which
+        `checkpoint.load_hf` takes from `generation_config.json` and `config.json`; () means none.
       key: `jax.random` key, needed (and used) when `temperature` is positive; the draw of token i depends on it and
         on i only.
       max_length: capacity of the cache, at least the longest prompt and the new tokens; None means just that. Fix
         it, and calls with other prompts do not recompile the decode loop.
       prefill_chunk: prompts enter the cache in pieces of so many tokens; bounds the memory of prefill, and its
         compilations: prompts of any length share one. None means one piece.
-      pad_token: fills `tokens` behind a row's end.
+      pad_token: fills `tokens` behind a row's end; None means that of `decoder.config`, else its first stop token,
+        else 0.
       cache_dtype, cache_policy: see `Decoder.init_cache`.
+
+    The temperature and filters that `generation_config.json` proposes are not applied: nothing is drawn unless you ask.
 
     Returns:
       `Generation(tokens, lengths)`.
@@ -132,89 +160,79 @@ def generate(
       >>> generate(decoder, [[1, 2, 3], [4]], max_new_tokens=5).tokens.shape
       (2, 5)
     """
-    graphdef, params, cache, logits, rules = _start(
-        decoder, prompts, prompt_lengths, max_new_tokens, temperature, top_k, top_p, stop_tokens,
-        key, max_length, prefill_chunk, pad_token, cache_dtype, cache_policy,
-    )  # fmt: skip
-    progress, _ = _decode(graphdef, params, cache, logits, rules, max_new_tokens=max_new_tokens)
+    options = _Options(
+        max_new_tokens=max_new_tokens,
+        prompt_lengths=prompt_lengths,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_tokens=stop_tokens,
+        key=key,
+        max_length=max_length,
+        prefill_chunk=prefill_chunk,
+        pad_token=pad_token,
+        cache_dtype=cache_dtype,
+        cache_policy=cache_policy,
+    )
+    start = _start(decoder, prompts, options)
+    progress, _ = _decode(*start, max_new_tokens=options.max_new_tokens)
     return Generation(progress.tokens, progress.lengths)
 
 
 def stream(
-    decoder: Decoder,
-    prompts: Prompts,
-    *,
-    max_new_tokens: int,
-    prompt_lengths: Int[Array, "B"] | Sequence[int] | None = None,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_tokens: Sequence[int] = (),
-    key: Array | None = None,
-    max_length: int | None = None,
-    prefill_chunk: int | None = None,
-    pad_token: int = 0,
-    cache_dtype=None,
-    cache_policy: Policy = "full",
+    decoder: Decoder, prompts: Prompts, max_new_tokens: int, **options: Any
 ) -> Iterator[StreamStep]:
-    """As `generate`, one token of every row at a time; the same tokens. Arguments are checked on the call.
+    """As `generate`, with its options, one token of every row at a time; the same tokens.
+
+    Arguments are checked on the call.
 
     Yields:
       `StreamStep(tokens, active)`, until every row has ended or has `max_new_tokens`.
     """
-    graphdef, params, cache, logits, rules = _start(
-        decoder, prompts, prompt_lengths, max_new_tokens, temperature, top_k, top_p, stop_tokens,
-        key, max_length, prefill_chunk, pad_token, cache_dtype, cache_policy,
-    )  # fmt: skip
+    checked = _Options(max_new_tokens=max_new_tokens, **options)
+    limit = checked.max_new_tokens
+    graphdef, params, cache, logits, rules = _start(decoder, prompts, checked)
 
     def steps(cache: DecoderCache) -> Iterator[StreamStep]:
         was_active = np.ones((logits.shape[0],), bool)
-        progress = _first(logits, rules, max_new_tokens=max_new_tokens)
-        for i in range(max_new_tokens):
+        progress = _first(logits, rules, max_new_tokens=limit)
+        for i in range(limit):
             yield StreamStep(np.asarray(progress.tokens[:, i]), was_active)
             was_active = np.asarray(progress.active)
-            if i + 1 == max_new_tokens or not was_active.any():
+            if i + 1 == limit or not was_active.any():
                 return
             progress, cache = _advance(graphdef, params, cache, progress, rules)
 
     return steps(cache)
 
 
-def _start(
-    decoder, prompts, prompt_lengths, max_new_tokens, temperature, top_k, top_p, stop_tokens, key,
-    max_length, prefill_chunk, pad_token, cache_dtype, cache_policy,
-):  # fmt: skip
+def _start(decoder: Decoder, prompts: Prompts, options: _Options):
     """Checks everything, fills the cache, and returns what the loop needs."""
-    for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"`{name}` must be a positive int, got {value!r}")
-    vocab_size = decoder.config.vocab_size
-    outside = [token for token in stop_tokens if not 0 <= token < vocab_size]
-    if outside:
-        raise ValueError(
-            f"`stop_tokens` must lie in [0, vocab_size={vocab_size}), got {outside[0]}"
-        )
-    sampling = make_sampling(temperature, top_k=top_k, top_p=top_p)
-    if sampling.temperature is not None and key is None:
-        raise ValueError(f"`key` must be given when `temperature={temperature}`, got None")
-    if top_k is not None and top_k > vocab_size:
-        raise ValueError(f"`top_k` must be at most vocab_size={vocab_size}, got {top_k}")
-    tokens, lengths = _pad_prompts(prompts, prompt_lengths, vocab_size)
+    if not isinstance(decoder, Decoder):
+        raise TypeError(f"`decoder` must be a Decoder, got {type(decoder).__name__}")
+    rules = _rules(decoder, options)
+    tokens, lengths = pad_prompts(prompts, options.prompt_lengths, decoder.config.vocab_size)
     if decoder.axes is not None:
         tensor_parallel.check_rows(tokens, decoder.axes.without_seq, decoder, name="prompts")
     longest = tokens.shape[1]
-    needed = longest + max_new_tokens
-    if max_length is not None and max_length < needed:
+    needed = longest + options.max_new_tokens
+    if options.max_length is not None and options.max_length < needed:
         raise ValueError(
-            f"`max_length` must hold the longest prompt and `max_new_tokens`, {longest} + {max_new_tokens}, "
-            f"got {max_length}"
+            f"`max_length` must hold the longest prompt and `max_new_tokens`, {longest} + {options.max_new_tokens}, "
+            f"got {options.max_length}"
         )
-    chunk = prefill_chunk or longest
-    capacity = max(max_length or needed, chunk)  # a chunk must fit, even where it is mostly padding
+    chunk = options.prefill_chunk or longest
+    # A chunk must fit, even where it is mostly padding.
+    capacity = max(options.max_length or needed, chunk)
     graphdef, params = nnx.split(decoder)
-    capacity = tensor_parallel.divisible_capacity(capacity, decoder.axes)
-    sizes = dict(batch=len(lengths), capacity=capacity, dtype=cache_dtype, policy=cache_policy)
-    cache = _empty_cache(graphdef, params, **sizes)
+    cache = _empty_cache(
+        graphdef,
+        params,
+        batch=len(lengths),
+        capacity=tensor_parallel.divisible_capacity(capacity, decoder.axes),
+        dtype=options.cache_dtype,
+        policy=options.cache_policy,
+    )
     logits = jnp.zeros((), jnp.float32)
     for start in range(0, longest, chunk):
         piece = tokens[:, start : start + chunk]
@@ -222,55 +240,56 @@ def _start(
         real = np.clip(lengths - start, 0, chunk).astype(np.int32)
         newest, cache = _prefill(graphdef, params, cache, jnp.asarray(piece), jnp.asarray(real))
         logits = newest if start == 0 else jnp.where((real > 0)[:, None], newest, logits)
-    rules = _Rules(
-        sampling=sampling,
-        stop_tokens=jnp.asarray(list(stop_tokens), jnp.int32),
-        pad_token=jnp.asarray(pad_token, jnp.int32),
-        key=None if sampling.temperature is None else key,
-        axes=decoder.axes,
-    )
     return graphdef, params, cache, logits, rules
 
 
-def _pad_prompts(prompts, prompt_lengths, vocab_size) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as one right-padded int32 array `[B, longest]` and their lengths."""
-    if hasattr(prompts, "shape"):
-        tokens = np.asarray(prompts)
-        if tokens.ndim != 2 or 0 in tokens.shape:
-            raise ValueError(f"`prompts` must have shape [B, T], B and T >= 1, got {tokens.shape}")
-        lengths = np.full((tokens.shape[0],), tokens.shape[1], np.int64)
-        if prompt_lengths is not None:
-            lengths = np.asarray(prompt_lengths)
-            if lengths.shape != tokens.shape[:1] or not np.issubdtype(lengths.dtype, np.integer):
-                raise ValueError(
-                    f"`prompt_lengths` must be integers of shape [B={tokens.shape[0]}], got {lengths.dtype} "
-                    f"of shape {lengths.shape}"
-                )
-            if (lengths < 1).any() or (lengths > tokens.shape[1]).any():
-                raise ValueError(
-                    f"`prompt_lengths` must lie in [1, T={tokens.shape[1]}], got {lengths.tolist()}"
-                )
-    else:
-        if prompt_lengths is not None:
-            raise ValueError(
-                "`prompt_lengths` must be None for prompts given as lists, which have their own"
-            )
-        lengths = np.asarray([len(prompt) for prompt in prompts], np.int64)
-        if lengths.size == 0 or (lengths < 1).any():
-            raise ValueError(
-                f"`prompts` must hold at least one prompt of at least one token, got lengths {lengths.tolist()}"
-            )
-        longest = int(lengths.max())
-        rows = [np.asarray(prompt) for prompt in prompts]
-        tokens = np.stack([np.pad(row, (0, longest - row.size)) for row in rows])
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise TypeError(f"`prompts` must hold integers, got {tokens.dtype}")
-    tokens = tokens[:, : lengths.max()]
-    tokens = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, 0)
-    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
-    if outside.size:
-        raise ValueError(f"`prompts` must lie in [0, vocab_size={vocab_size}), got {outside[0]}")
-    return tokens.astype(np.int32), lengths
+def _rules(decoder: Decoder, options: _Options) -> _Rules:
+    config = decoder.config
+    sampling = make_sampling(options.temperature, top_k=options.top_k, top_p=options.top_p)
+    key = None if sampling.temperature is None else options.key
+    if sampling.temperature is not None and key is None:
+        raise ValueError(f"`key` must be given when `temperature={options.temperature}`, got None")
+    if sampling.top_k is not None and sampling.top_k > config.vocab_size:
+        raise ValueError(
+            f"`top_k` must be at most vocab_size={config.vocab_size}, got {sampling.top_k}"
+        )
+    stop_tokens, pad_token = _stop_tokens(options.stop_tokens, decoder), options.pad_token
+    if pad_token is None:
+        pad_token = (*stop_tokens, 0)[0] if config.pad_token is None else config.pad_token
+    return _Rules(
+        sampling=sampling,
+        stop_tokens=jnp.asarray(stop_tokens, jnp.int32),
+        pad_token=jnp.asarray(as_int("pad_token", pad_token, "a token id"), jnp.int32),
+        key=None if key is None else _checked_key(key),
+        axes=decoder.axes,
+    )
+
+
+def _stop_tokens(stop_tokens: Any, decoder: Decoder) -> tuple[int, ...]:
+    if stop_tokens is None:
+        return decoder.config.stop_tokens
+    vocab_size = decoder.config.vocab_size
+    alone = np.ndim(stop_tokens) == 0 and not isinstance(stop_tokens, Collection)
+    rule = "a token id or a collection of them"
+    ids = tuple(as_int("stop_tokens", i, rule) for i in ([stop_tokens] if alone else stop_tokens))
+    outside = [token for token in ids if not 0 <= token < vocab_size]
+    if outside:
+        raise ValueError(
+            f"`stop_tokens` must lie in [0, vocab_size={vocab_size}), got {outside[0]}"
+        )
+    return ids
+
+
+def _checked_key(key: Any) -> Array:
+    """A typed key, or raw bits of one as `jax.random.PRNGKey` makes them."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (shape == () if typed else dtype == jnp.uint32 and len(shape or ()) == 1):
+        raise TypeError(
+            f"`key` must be one key, as `jax.random.key(seed)` makes it, got {dtype or type(key).__name__} of shape "
+            f"{shape}"
+        )
+    return key
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "batch", "capacity", "dtype", "policy"))

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import math
+import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +45,14 @@ def make_sampling(
     Raises:
       ValueError: out of range, or a filter with temperature 0, which would have no effect.
     """
+    temperature = as_float("temperature", temperature)
     if not temperature >= 0.0:
         raise ValueError(f"`temperature` must be at least 0, got {temperature}")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"`top_k` must be None or a positive int, got {top_k!r}")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
+    if temperature == math.inf:
+        raise ValueError("`temperature` must be finite, got inf")
+    if top_k is not None:
+        top_k = as_int("top_k", top_k, "None or a positive int", minimum=1)
+    if top_p is not None and not 0.0 < as_float("top_p", top_p) <= 1.0:
         raise ValueError(f"`top_p` must be None or in (0, 1], got {top_p}")
     if temperature == 0.0:
         for name, value in (("top_k", top_k), ("top_p", top_p)):
@@ -60,6 +66,33 @@ def make_sampling(
         top_p=None if top_p is None else jnp.asarray(top_p, jnp.float32),
         top_k=top_k,
     )
+
+
+def as_int(name: str, value: Any, rule: str, *, minimum: int = -(2**31)) -> int:
+    """An int from any integer scalar, of numpy or jax too.
+
+    Raises:
+      ValueError: `name` must be `rule`.
+    """
+    try:
+        number = operator.index(value)
+    except (TypeError, jax.errors.JAXTypeError):
+        number = None
+    if number is None or isinstance(value, bool) or not minimum <= number < 2**31:
+        raise ValueError(f"`{name}` must be {rule}, got {value!r}")
+    return number
+
+
+def as_float(name: str, value: Any) -> float:
+    """A float from any real scalar.
+
+    Raises:
+      ValueError: it is none.
+    """
+    try:
+        return float(value) if not isinstance(value, str) else float("")
+    except (TypeError, ValueError, jax.errors.JAXTypeError):
+        raise ValueError(f"`{name}` must be a number, got {value!r}") from None
 
 
 def sample(

@@ -1,6 +1,8 @@
 """A `Decoder` from a Hugging Face folder and back."""
 
+import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -33,6 +35,7 @@ def load_hf(
 
     One parameter at a time goes from the mapped file to its devices, so the host never holds a copy of the model, and
     a device never more than its shards. With a mesh over many processes all of them call this and see the folder.
+    The decoder's config remembers the folder (`source`), and the tokens at which `generate` stops.
 
     Args:
       path: folder with `config.json` and safetensors, single or sharded.
@@ -56,7 +59,9 @@ def load_hf(
     """
     if config is not None and ignore:
         raise ValueError(f"`ignore` must be empty when `config` is given, got {ignore}")
-    config = DecoderConfig.from_hf(path, ignore=ignore) if config is None else config
+    if config is None:
+        config = DecoderConfig.from_hf(path, ignore=ignore)
+    config = dataclasses.replace(config, source=os.fspath(path))
     pairs = import_hf(
         config, HFFolder(path), dtype=dtype
     )  # names compared before anything is built
@@ -93,28 +98,45 @@ def save_hf(
     *,
     max_shard_bytes: int = 5_000_000_000,
     extra_config: Mapping[str, Any] | None = None,
+    source: str | os.PathLike | None = None,
 ) -> None:
     """Saves a decoder as a folder that transformers loads; `decoder.config.family` names the `model_type`.
+
+    What is not ours comes from the folder that the decoder was loaded from: tokenizer, chat template,
+    `generation_config.json`, and the fields of `config.json` that do not concern the decoder (lengths, token ids).
 
     Args:
       decoder: its parameters are saved in their dtype, whatever their sharding, one at a time. Where they span
         processes, all of them call this, and process 0 writes.
       path: the folder; created if missing.
       max_shard_bytes: start another file rather than exceed this.
-      extra_config: fields for `config.json` that do not concern the decoder, such as token ids.
+      extra_config: more fields for `config.json` that do not concern the decoder; they win over those of `source`.
+      source: the folder; None means `decoder.config.source`, which `load_hf` sets. Where that is gone by now, a
+        warning says so and the decoder is saved without.
 
     Raises:
-      ValueError: a config that its family cannot express, or safetensors files in the folder that would mix.
+      ValueError: a config that its family cannot express, safetensors files in the folder that would mix, or a
+        `source` without `config.json`.
 
     Example:
       >>> save_hf(decoder, "out", extra_config={"eos_token_id": 0})  # doctest: +SKIP
     """
+    config = decoder.config
+    if source is None and config.source is not None:
+        source = config.source
+        if not os.path.isdir(source):
+            message = (
+                f"{source}, which the decoder was loaded from, is gone: {path} gets no tokenizer"
+            )
+            warnings.warn(message, stacklevel=2)
+            source = None
     write_hf(
-        decoder.config,
+        config,
         parameters(decoder),
         path,
         max_shard_bytes=max_shard_bytes,
         extra_config=extra_config,
+        source=source,
     )
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gqa_jax.checkpoint.companions import copy_companions, inherited_fields
 from gqa_jax.checkpoint.folder import INDEX, SINGLE, HFFolder, listed
 from gqa_jax.checkpoint.rules import Dialect, Path, Rule, rules
 from gqa_jax.checkpoint.safetensors_file import TensorSpec, write_tensors
@@ -182,6 +183,7 @@ def write_hf(
     *,
     max_shard_bytes: int = 5_000_000_000,
     extra_config: Mapping[str, Any] | None = None,
+    source: str | os.PathLike | None = None,
 ) -> None:
     """Writes a folder that transformers loads: `config.json` and safetensors, sharded with an index if large.
 
@@ -194,10 +196,12 @@ def write_hf(
       path: the folder; created if missing.
       max_shard_bytes: start another file rather than exceed this (a larger tensor gets a file of its own).
       extra_config: fields for `config.json` that do not concern the decoder, such as token ids.
+      source: a Hugging Face folder from which to take what does not concern the decoder: tokenizer, chat template,
+        `generation_config.json` and fields of `config.json`; those of `extra_config` win. None takes nothing.
 
     Raises:
-      ValueError: a config that its family cannot express, parameters that do not fit it, or safetensors files in
-        the folder that would mix with the new ones.
+      ValueError: a config that its family cannot express, parameters that do not fit it, safetensors files in the
+        folder that would mix with the new ones, or a `source` without `config.json`.
 
     Example:
       >>> write_hf(config, tree, "out")  # doctest: +SKIP
@@ -207,17 +211,19 @@ def write_hf(
     table = rules(config)
     _check_parameters(table, parameters)
     stored = np.dtype(parameters[("embed", "embedding")].dtype).name
-    described = to_hf_config(config, extra={"dtype": stored} | dict(extra_config or {}))
+    inherited = {} if source is None else inherited_fields(source, config)
+    extra = {"dtype": stored} | inherited | dict(extra_config or {})
+    described = to_hf_config(config, extra=extra)
     shards = _shards(_specs(table, parameters), max_shard_bytes)
     if not all(map(_is_here, parameters.values())):
         if jax.process_index() == 0:
-            _write(config, parameters, pathlib.Path(path), shards, described)
+            _write(config, parameters, pathlib.Path(path), shards, described, source)
         else:
             for _ in export_hf(config, parameters):  # gathers along with process 0
                 pass
         multihost_utils.sync_global_devices("gqa_jax.checkpoint.write_hf")
     else:
-        _write(config, parameters, pathlib.Path(path), shards, described)
+        _write(config, parameters, pathlib.Path(path), shards, described, source)
 
 
 def _write(
@@ -226,6 +232,7 @@ def _write(
     folder: pathlib.Path,
     shards: list[list[TensorSpec]],
     described: Mapping[str, Any],
+    source: str | os.PathLike | None,
 ) -> None:
     files = [SINGLE]
     if len(shards) > 1:
@@ -250,6 +257,8 @@ def _write(
     elif (folder / INDEX).exists():
         (folder / INDEX).unlink()
     _write_json(folder / "config.json", described)
+    if source is not None:
+        copy_companions(source, folder)
 
 
 def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:

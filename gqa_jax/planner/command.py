@@ -8,6 +8,8 @@ import pathlib
 import sys
 from typing import Any
 
+import jax
+
 from gqa_jax.config import DecoderConfig
 from gqa_jax.hf_config import PRESETS
 from gqa_jax.planner.mesh import ROLES, parse_mesh
@@ -84,6 +86,11 @@ def run(options: argparse.Namespace) -> int:
     except (ValueError, NotImplementedError) as error:
         print(f"python -m gqa_jax plan: error: {error}", file=sys.stderr)
         return 2
+    except jax.errors.JaxRuntimeError as error:
+        if not options.compiler_option:
+            raise
+        print(f"python -m gqa_jax plan: error: --compiler-option: {error}", file=sys.stderr)
+        return 2
     print(as_text(made, title=options.config))
     if options.json:
         options.json.write_text(json.dumps(made.as_json(), indent=1) + "\n")
@@ -103,6 +110,9 @@ def _config(name: str, layers: int | None) -> DecoderConfig:
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:
     rates = aot.rates(options.target)
     given = {name: getattr(options, name, None) for name in rates._fields}
+    for name, rate in given.items():
+        if rate is not None and not 0.0 < rate < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {rate}")
     compiler_options: dict[str, Any] = {}
     for option in options.compiler_option:
         name, _, value = option.partition("=")

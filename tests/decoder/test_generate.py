@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gqa_jax import Decoder, generate, stream
-from gqa_jax.generate import _decode, _start
+from gqa_jax.generate import _decode, _Options, _start
 from tests.support.tiny_decoders import HYBRID, REPEATING, build
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8], [2, 7, 1]]
@@ -93,9 +93,7 @@ def test_streaming_equals_generate(decoder, options):
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_the_decode_loop_updates_its_cache_in_place(scan_layers):
     config = dataclasses.replace(REPEATING, scan_layers=scan_layers, moe=None, moe_layers=None)
-    start = _start(
-        build(config), PROMPTS[1:], None, NEW, 0.0, None, None, (), None, 64, None, 0, None, "full"
-    )
+    start = _start(build(config), PROMPTS[1:], _Options(max_new_tokens=NEW, max_length=64))
     compiled = _decode.lower(*start, max_new_tokens=NEW).compile()
     text = compiled.as_text()
     cache = start[2]
@@ -135,6 +133,30 @@ def test_the_decode_loop_updates_its_cache_in_place(scan_layers):
          [[1, 2]], dict(max_length=5)),
         (ValueError, "`stop_tokens` must lie in [0, vocab_size=40), got 99", [[1]],
          dict(stop_tokens=(3, 99))),
+        (ValueError, "`stop_tokens` must be a token id or a collection of them, got '</s>'", [[1]],
+         dict(stop_tokens=["</s>"])),
+        (ValueError, "`stop_tokens` must be a token id or a collection of them, got 1.5", [[1]],
+         dict(stop_tokens=1.5)),
+        (ValueError, "`stop_tokens` must lie in [0, vocab_size=40), got 40", [[1]],
+         dict(stop_tokens=np.int64(40))),
+        (ValueError, "`pad_token` must be a token id, got 0.5", [[1]], dict(pad_token=0.5)),
+        (ValueError, "`max_new_tokens` must be a positive int, got 2.0", [[1]], dict(max_new_tokens=2.0)),
+        (ValueError, "`max_new_tokens` must be a positive int, got True", [[1]], dict(max_new_tokens=True)),
+        (ValueError, "`max_length` must be a positive int, got '9'", [[1]], dict(max_length="9")),
+        (ValueError, "one list of token ids per row, got 1; one prompt alone is [[1, 2, 3]]", [1, 2, 3], {}),
+        (ValueError, "one list of token ids per row, got [[1], [2, 3]]", [[[1], [2, 3]]], {}),
+        (TypeError, "`prompts` must hold token ids, not text: encode 'abc' first", ["abc"], {}),
+        (TypeError, "`prompts` must hold lists of token ids, got 'abc'", "abc", {}),
+        (TypeError, "`prompts` must hold lists of token ids, got 3", 3, {}),
+        (ValueError, "`prompts` must lie in [0, vocab_size=40), got", [np.asarray([2**64 - 1], np.uint64)], {}),
+        (ValueError, "`temperature` must be a number, got 'hot'", [[1]], dict(temperature="hot", key=0)),
+        (ValueError, "`temperature` must be finite, got inf", [[1]], dict(temperature=np.inf, key=0)),
+        (ValueError, "`top_p` must be a number, got [0.5]", [[1]], dict(top_p=[0.5], temperature=1.0, key=0)),
+        (TypeError, "`key` must be one key, as `jax.random.key(seed)` makes it, got int of shape None", [[1]],
+         dict(temperature=1.0, key=0)),
+        (TypeError, "got float32 of shape (2,)", [[1]], dict(temperature=1.0, key=np.zeros(2, np.float32))),
+        (TypeError, "got key<fry> of shape (3,)", [[1]],
+         dict(temperature=1.0, key=jax.random.split(jax.random.key(0), 3))),
         (ValueError, "`key` must be given when `temperature=0.5`, got None", [[1]],
          dict(temperature=0.5)),
         (ValueError, "`top_k` must be None when `temperature=0` (greedy), got 3", [[1]], dict(top_k=3)),
@@ -146,3 +168,45 @@ def test_the_decode_loop_updates_its_cache_in_place(scan_layers):
 def test_bad_input_is_refused_by_name(decoder, function, error, message, prompts, options):
     with pytest.raises(error, match=re.escape(message)):
         function(decoder, prompts, **{"max_new_tokens": 4, **options})
+
+
+def test_only_decoders_generate(decoder):
+    with pytest.raises(TypeError, match="`decoder` must be a Decoder, got list"):
+        generate([[1, 2]], decoder, 3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'stop'"):
+        stream(decoder, [[1]], 3, stop=2)
+
+
+SMALL = dataclasses.replace(
+    HYBRID, layers=("full_attention",), gated_deltanet=None, sliding_window=None
+)
+
+
+def test_the_config_says_when_a_text_ends():
+    free = build(SMALL, 5)
+    endless = generate(free, PROMPTS, NEW).to_lists()
+    stop = endless[0][2]
+    expected = generate(free, PROMPTS, NEW, stop_tokens=stop, pad_token=39)
+    assert expected.lengths.tolist() != [NEW] * 3
+    told = build(dataclasses.replace(SMALL, stop_tokens=(stop, 39), pad_token=39), 5)
+    result = generate(told, PROMPTS, np.int64(NEW))
+    np.testing.assert_array_equal(result.tokens, expected.tokens)
+    steps = list(stream(told, PROMPTS, NEW))
+    np.testing.assert_array_equal(
+        np.stack([s.tokens for s in steps], 1), expected.tokens[:, : len(steps)]
+    )
+    assert generate(told, PROMPTS, NEW, stop_tokens=()).to_lists() == endless
+    padded = generate(free, PROMPTS, NEW, stop_tokens={np.int32(stop)}).tokens
+    assert int(padded[0, 3]) == stop  # the first stop token pads where nothing else is said
+
+
+def test_numbers_come_in_any_integer_type():
+    decoder = build(SMALL, 6)
+    expected = generate(decoder, PROMPTS, NEW, stop_tokens=(7,)).to_lists()
+    rows = [np.asarray(PROMPTS[0], np.uint64), np.asarray(PROMPTS[1], np.int8), tuple(PROMPTS[2])]
+    options = dict(stop_tokens=np.asarray([7], np.uint8), max_length=np.int16(24))
+    assert generate(decoder, rows, np.uint8(NEW), **options).to_lists() == expected
+    drawn = dict(temperature=np.float32(0.8), top_k=np.int64(9), top_p=np.float16(0.75))
+    typed = generate(decoder, PROMPTS, NEW, key=jax.random.key(3), **drawn).to_lists()
+    raw = generate(decoder, PROMPTS, NEW, key=jax.random.PRNGKey(3), **drawn).to_lists()
+    assert raw == typed

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from gqa_jax.__main__ import main
 
@@ -45,6 +47,15 @@ def test_generate_reads_the_demo_checkpoint(demo, capfd):
     assert len(capfd.readouterr().out.split()) == 5
     assert main([*arguments, "--tokens", "1", "--top-k", "3"]) == 2
     assert "`top_k` must be None when `temperature=0`" in capfd.readouterr().err
+    saved = json.loads((demo[0] / "checkpoint/config.json").read_text())
+    first = main([*arguments, "--tokens", "100,101"]) or capfd.readouterr().out.split()[0]
+    config = demo[0] / "checkpoint/config.json"
+    config.write_text(json.dumps(saved | {"eos_token_id": int(first)}))
+    assert main([*arguments, "--tokens", "100,101"]) == 0
+    assert capfd.readouterr().out.split() == [first]
+    assert main([*arguments, "--tokens", "100,101", "--stop", "none"]) == 0
+    assert len(capfd.readouterr().out.split()) == 5
+    config.write_text(json.dumps(saved))
     assert main([*arguments, "--tokens", "999"]) == 2
     assert "`prompts` must lie in [0, vocab_size=256), got 999" in capfd.readouterr().err
 
@@ -67,12 +78,53 @@ def test_info_explains_every_operator(capfd):
             2,
             "--tokens must be integers joined by commas, got '1,b'",
         ),
-        (["generate", "--checkpoint", "no such folder", "--tokens", "1"], 1, "no such folder"),
+        (
+            [
+                "plan",
+                "--config",
+                "tiny_hybrid",
+                "--mesh",
+                "dp=1",
+                "--seq",
+                "8",
+                "--bf16-flops",
+                "-1",
+            ],
+            2,
+            "--bf16-flops must be positive, got -1.0",
+        ),
+        (["generate", "--checkpoint", "no such folder", "--tokens", "1"], 2, "no such folder"),
     ],
 )
 def test_mistakes_are_answered(arguments, status, text, capfd):
     assert main(arguments) == status
     assert text in capfd.readouterr().err
+
+
+def test_bad_checkpoints_are_answered_in_one_line(tmp_path, capfd):
+    """Damaged folders themselves: tests/checkpoint/test_hostile_files.py."""
+    arguments = ["generate", "--checkpoint", str(tmp_path), "--tokens", "1"]
+    fields = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 10_000, "vocab_size": 9}
+    fields |= {"num_attention_heads": 2, "intermediate_size": 4}
+    save_file({"model.norm.weight": np.zeros(8, np.float32)}, tmp_path / "model.safetensors")
+    for changes, words in (
+        ({}, "`config` has 10000 layers"),
+        ({"hidden_size": "32"}, "`config.hidden_size` must be an integer, got '32'"),
+        ({"rope_parameters": [1]}, "`config.rope_parameters` must be an object, got [1]"),
+        ({"model_type": "mamba"}, "`config.model_type` must be one of ['llama', 'qwen2'"),
+        ({"logit_scale": 2.0}, "pass `ignore=('logit_scale',)`"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(fields | changes))
+        assert main(arguments) == 2
+        said = capfd.readouterr().err
+        assert words in said
+        assert said.count("\n") == 1
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"logit_scale": 2.0}))
+    assert main([*arguments, "--ignore", "logit_scale"]) == 2
+    assert "`config` has 10000 layers" in capfd.readouterr().err
+    (tmp_path / "config.json").write_bytes(b"\xff")
+    assert main(arguments) == 2
+    assert "config.json is not JSON" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["generate", "--checkpoint", "x"]])
