@@ -16,7 +16,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gqa_j
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: demo test test-all mutants check format notebooks bench test-newest test-gpu clean
+.PHONY: demo test test-all mutants peers check format notebooks bench test-newest test-gpu clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m gqa_jax demo
@@ -31,6 +31,10 @@ test-all: $(VENV)/.ready
 # Puts each fault of tests/mutants.py into a copy of the project; the suite must notice every one.
 mutants: $(VENV)/.ready
 	$(RUN) -m tests.mutants
+
+# Peers' own test files against this library, from checkouts in $(PEERS)/jax, $(PEERS)/torchtune, $(PEERS)/fla.
+peers: $(VENV)/.ready
+	$(RUN) -m tests.peers $(PEERS)
 
 check: $(VENV)/.ready
 	$(RUN) -m ruff check .

@@ -1,0 +1,118 @@
+"""Peers' own test files, run with our implementation in place of theirs.
+
+    make peers PEERS=folder     folder/jax, folder/torchtune, folder/fla: checkouts of the peers' sources
+    python -m tests.peers folder fla -- -k varlen
+
+None of their files is in this project. A peer whose folder or package is missing is skipped with the reason. Every
+failure that is left has its reason in `PEERS`; any other makes the command exit with 1.
+"""
+
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from typing import NamedTuple
+
+HERE = pathlib.Path(__file__).parent
+
+
+class Peer(NamedTuple):
+    """A peer's tests.
+
+    Attributes:
+      needs: packages that its tests import.
+      tests: pytest arguments, relative to the checkout.
+      left: pattern of a test's name -> why it fails here.
+    """
+
+    needs: tuple[str, ...]
+    tests: tuple[str, ...]
+    left: dict[str, str]
+
+
+KERNEL = "tests one of their kernels by its own name, not the operator"
+PEERS = {
+    "jax": Peer(("scipy", "absl"), ("tests/nn_test.py", "-k", "DotProductAttention"), {}),
+    "torchtune": Peer(
+        ("torchao", "torchdata", "torchvision", "pytest_integration"),
+        (
+            "tests/torchtune/modules/test_attention.py",
+            "tests/torchtune/modules/test_kv_cache.py",
+            "--without-integration",
+            "--without-slow-integration",
+        ),
+        {},
+    ),
+    "fla": Peer(
+        ("einops", "triton"),
+        ("tests/ops/test_gdn.py", "tests/ops/test_kda.py"),
+        {
+            "test_gate": KERNEL,
+            "prepare_wy_repr": KERNEL,
+            "vllm_decode": KERNEL,
+            "flash_(qla|kda)": "tests the choice between their kernels",
+            "return_intermediate_states": "the states of all chunks are no result of `gated_delta_rule`",
+            "invalid_chunk_size": "tests their error message",
+        },
+    ),
+}
+
+
+def run(name: str, folder: pathlib.Path, extra: list[str]) -> bool:
+    """Runs one peer's tests and prints what came of them; whether nothing unexpected failed."""
+    peer = PEERS[name]
+    missing = [package for package in peer.needs if importlib.util.find_spec(package) is None]
+    if not folder.is_dir() or missing:
+        print(f"{name}: skipped, {f'needs {missing}' if missing else f'no folder {folder}'}")
+        return True
+    with tempfile.NamedTemporaryFile(suffix=".xml") as report:
+        command = [
+            sys.executable, "-m", "pytest", "-q", "-p", f"{name}_peer", "-p", "no:cacheprovider",
+            "-c", os.devnull, "--rootdir", str(folder), "--confcutdir", str(folder), f"--junitxml={report.name}", "--tb=line", *peer.tests, *extra,
+        ]  # fmt: skip
+        # Theirs before ours: a peer's package of tests may be called `tests` too.
+        path = os.pathsep.join(
+            map(str, (HERE, folder, HERE.parents[1], os.environ.get("PYTHONPATH", "")))
+        )
+        environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+        ran = subprocess.run(command, cwd=folder, env=environment, check=False, stdout=sys.stderr)
+        if ran.returncode > 1:  # neither all passed nor some failed
+            print(f"{name}: pytest ended with {ran.returncode}")
+            return False
+        cases = ElementTree.parse(report.name).getroot().iter("testcase")
+        return summarise(name, list(cases), peer.left)
+
+
+def summarise(name: str, cases: list[ElementTree.Element], left: dict[str, str]) -> bool:
+    """Prints counts, and each failure with its reason; whether every failure has one."""
+    ran = [case for case in cases if case.find("skipped") is None]
+    failed = [c for c in ran if c.find("failure") is not None or c.find("error") is not None]
+    skipped = len(cases) - len(ran)
+    print(f"{name}: {len(ran) - len(failed)} of {len(ran)} passed, {skipped} skipped by themselves")
+    unexpected = False
+    for case in failed:
+        test = case.get("name", "")
+        reason = next((why for pattern, why in left.items() if re.search(pattern, test)), None)
+        unexpected |= reason is None
+        print(f"  {test}: {reason or 'UNEXPECTED'}")
+    return bool(ran) and not unexpected
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status."""
+    if not arguments:
+        print(__doc__)
+        return 2
+    folder, *names = arguments
+    cut = names.index("--") if "--" in names else len(names)
+    names, extra = names[:cut], names[cut + 1 :]
+    results = [run(name, pathlib.Path(folder).resolve() / name, extra) for name in names or PEERS]
+    return int(not all(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
