@@ -4,10 +4,13 @@ import xml.etree.ElementTree as ElementTree
 
 from tests.peers.__main__ import PEERS, main, summarise
 
-REPORT = (
-    "<s><testcase name='a'/><testcase name='b[1]'><failure/></testcase>"
-    "<testcase name='c'><skipped/></testcase></s>"
-)
+REPORT = """
+<s>
+  <testcase name="a"/>
+  <testcase name="b[1]"><failure/></testcase>
+  <testcase name="c"><skipped/></testcase>
+</s>
+"""
 
 
 def test_a_failure_needs_a_reason(capsys):

@@ -75,10 +75,12 @@ def run(name: str, folder: pathlib.Path, extra: list[str]) -> bool:
             "-c", os.devnull, "--rootdir", str(folder), "--confcutdir", str(folder), f"--junitxml={report.name}", "--tb=line", *peer.tests, *extra,
         ]  # fmt: skip
         # Theirs before ours: a peer's package of tests may be called `tests` too.
-        path = os.pathsep.join(
-            map(str, (HERE, folder, HERE.parents[1], os.environ.get("PYTHONPATH", "")))
-        )
-        environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+        folders = (HERE, folder, HERE.parents[1], os.environ.get("PYTHONPATH", ""))
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, folders)),
+            "JAX_PLATFORMS": "cpu",
+        }
         ran = subprocess.run(command, cwd=folder, env=environment, check=False, stdout=sys.stderr)
         if ran.returncode > 1:  # neither all passed nor some failed
             print(f"{name}: pytest ended with {ran.returncode}")
