@@ -70,10 +70,9 @@ def run(name: str, folder: pathlib.Path, extra: list[str]) -> bool:
         print(f"{name}: skipped, {f'needs {missing}' if missing else f'no folder {folder}'}")
         return True
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
-        command = [
-            sys.executable, "-m", "pytest", "-q", "-p", f"{name}_peer", "-p", "no:cacheprovider",
-            "-c", os.devnull, "--rootdir", str(folder), "--confcutdir", str(folder), f"--junitxml={report.name}", "--tb=line", *peer.tests, *extra,
-        ]  # fmt: skip
+        options = f"-q --tb=line -p {name}_peer -p no:cacheprovider -c {os.devnull}".split()
+        options += [f"--rootdir={folder}", f"--confcutdir={folder}", f"--junitxml={report.name}"]
+        command = [sys.executable, "-m", "pytest", *options, *peer.tests, *extra]
         # Theirs before ours: a peer's package of tests may be called `tests` too.
         folders = (HERE, folder, HERE.parents[1], os.environ.get("PYTHONPATH", ""))
         environment = {
