@@ -7,7 +7,7 @@ that is not donated on every call.
 import dataclasses
 import functools
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gqa_jax import tensor_parallel
 from gqa_jax.cache import Policy
+from gqa_jax.config_checks import require
 from gqa_jax.decoder import Decoder, DecoderCache
 from gqa_jax.prompts import Prompts, pad_prompts
 from gqa_jax.sampling import Sampling, as_int, make_sampling, sample
@@ -100,6 +101,18 @@ class _Options:
             if value is not None or name == "max_new_tokens":
                 value = as_int(name, value, "a positive int", minimum=1)
                 object.__setattr__(self, name, value)
+        policies = get_args(Policy)
+        require(
+            self.cache_policy in policies,
+            f"`cache_policy` must be one of {policies}, got {self.cache_policy!r}",
+        )
+        try:
+            floating = jnp.issubdtype(jnp.dtype(self.cache_dtype or float), jnp.floating)
+        except TypeError:
+            floating = False
+        require(
+            floating, f"`cache_dtype` must be None or a floating dtype, got {self.cache_dtype!r}"
+        )
 
 
 def generate(

@@ -31,7 +31,11 @@ class HFFolder(Mapping[str, np.ndarray]):
             self._files = dict.fromkeys(file.tensors, file)
             return
         if not index.is_file():
-            raise ValueError(f"`path` must be a folder that holds {SINGLE} or {INDEX}, got {path}")
+            pickled = any(self.path.glob("*.bin")) or any(self.path.glob("*.pth"))
+            hint = " (torch's pickles are not read: save them as safetensors)" if pickled else ""
+            raise ValueError(
+                f"`path` must be a folder that holds {SINGLE} or {INDEX}, got {path}{hint}"
+            )
         where = _weight_map(index)
         present: set[str] = set()
         for name in sorted(set(where.values())):

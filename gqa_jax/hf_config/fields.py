@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 REQUIRED: Any = object()
-MAX_JSON_BYTES = 100_000_000
+MAX_JSON_BYTES = 30_000_000  # indices of a trillion parameters have 15 MB
 MAX_INT = 2**31 - 1
 
 # Fields that do not change what the decoder computes. Those of other families and tools stand here when published
