@@ -10,6 +10,7 @@ import torch
 from flax import nnx
 
 from interop.dlpack import to_torch
+from interop.operators import draw_seed
 from interop.torch_function import wrap
 from interop.torch_modules.jax_cache import JaxBacked
 
@@ -20,9 +21,14 @@ class NNXModule(JaxBacked):
     """Calls an NNX module on tensors, under autograd and `torch.compile`.
 
     Every `nnx.Param` becomes a `torch.nn.Parameter` under its path (`layers.0.kernel`), in the layout NNX gives it;
-    optimizers, `state_dict`, FSDP and safetensors see ordinary tensors. Every other Variable (batch statistics,
-    random-number state) becomes a buffer, written after each call. `train()` and `eval()` switch the NNX module's
+    optimizers, `state_dict`, FSDP and safetensors see ordinary tensors. Every other Variable (batch statistics)
+    becomes a buffer, written after each call. Of a part that torch cannot take, a dot becomes "_", and one of the names
+    that `torch.nn.Module` uses itself gets a "_" at its end (`type_`). `train()` and `eval()` switch the NNX module's
     own `deterministic` and `use_running_average`.
+
+    Random numbers follow PyTorch's generator: where the module has random-number streams, each call draws two numbers
+    and folds them into the streams' keys, so `torch.manual_seed`, `fork_rng` and `torch.utils.checkpoint` repeat it.
+    The streams themselves (buffers too) never change.
     """
 
     _call: Callable
@@ -46,6 +52,7 @@ class NNXModule(JaxBacked):
 
         Raises:
           TypeError: the factory does not return an NNX module.
+          ValueError: two variables would have one name in torch.
 
         Example:
           >>> from flax import nnx
@@ -59,54 +66,84 @@ class NNXModule(JaxBacked):
             raise TypeError(f"`factory` must return an nnx.Module, got {type(module).__name__}")
         self.factory, self.method = factory, method
         self.static_argnames = tuple(static_argnames)
-        key_impls = {}
-        for name, variable in _variables(nnx.state(module)):
-            holder, leaf = self._holder(name)
-            if _is_key(variable[...]):
-                key_impls[name] = str(jax.random.key_impl(variable[...]))
-            tensor = to_torch(_encode(variable[...]), copy=True)
-            if isinstance(variable, nnx.Param):
-                holder.register_parameter(leaf, torch.nn.Parameter(tensor))
-            else:
-                holder.register_buffer(leaf, tensor)
-        self.key_impls = tuple(key_impls.items())
+        key_impls, streams, paths = {}, [], {}
+        for path, variable in _variables(nnx.state(module)):
+            name = _name(path)
+            if name in paths:
+                raise ValueError(
+                    f"`factory` must give variables names that differ, got {name!r} for {paths[name]} and {path}"
+                )
+            paths[name] = path
+            value = variable[...]
+            if _is_key(value):
+                key_impls[name] = str(jax.random.key_impl(value))
+            if isinstance(variable, nnx.RngState):
+                streams.append(name)
+            self._register(
+                name, to_torch(_encode(value), copy=True), isinstance(variable, nnx.Param)
+            )
+        self.key_impls, self.streams = tuple(key_impls.items()), tuple(streams)
         self.bind()
 
     def _bind(self) -> dict[str, Callable]:
         call = _call(self.factory, self.method, self.static_argnames, self.key_impls)
         return {"_call": call}
 
-    def _holder(self, name: str) -> tuple[torch.nn.Module, str]:
-        """The submodule that holds a path's last name, made if need be."""
+    def _register(self, name: str, tensor: torch.Tensor, is_parameter: bool) -> None:
+        """Makes the submodules of a path if need be, and puts the tensor into the last."""
         *outer, leaf = name.split(".")
         holder: torch.nn.Module = self
         for part in outer:
             if part not in holder._modules:
                 holder.add_module(part, torch.nn.Module())
             holder = holder.get_submodule(part)
-        return holder, leaf
+        if is_parameter:
+            holder.register_parameter(leaf, torch.nn.Parameter(tensor))
+        else:
+            holder.register_buffer(leaf, tensor)
 
     def forward(self, *args, **kwargs) -> Any:
         """Calls the NNX module; arguments and results are pytrees of tensors."""
         parameters = dict(self.named_parameters())
         # Backward may read them after they were written: it gets copies.
         buffers = {name: buffer.clone() for name, buffer in self.named_buffers()}
-        out, changed = self._call(parameters, buffers, args, training=self.training, **kwargs)
-        if buffers:
+        seed = draw_seed(buffers[self.streams[0]], 1.0, None) if self.streams else None
+        out, changed = self._call(
+            parameters, buffers, args, seed=seed, training=self.training, **kwargs
+        )
+        if changed:
             with torch.no_grad():
-                for name, buffer in self.named_buffers():
-                    buffer.copy_(changed[name])
+                for name, value in changed.items():
+                    self.get_buffer(name).copy_(value)
         return out
 
 
-def _variables(state: nnx.State) -> list[tuple[str, nnx.Variable]]:
-    """Dotted path and Variable, in the order of the state's leaves."""
+_Path = tuple[Any, ...]
+# What a name must not be, at any depth: torch.nn.Module uses it.
+_TAKEN = frozenset(dir(torch.nn.Module())) | frozenset(dir(JaxBacked)) | {
+    "factory", "method", "static_argnames", "key_impls", "streams", "_call",
+}  # fmt: skip
+
+
+def _variables(state: nnx.State) -> list[tuple[_Path, nnx.Variable]]:
+    """Path and Variable, in the order of the state's leaves."""
     found, _ = jax.tree_util.tree_flatten_with_path(
         state, is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
-    return [
-        (".".join(str(getattr(k, "key", k)) for k in path), variable) for path, variable in found
-    ]
+    return [(tuple(getattr(k, "key", k) for k in path), variable) for path, variable in found]
+
+
+def _name(path: _Path) -> str:
+    """A path's name in torch."""
+    parts = [str(part).replace(".", "_") for part in path]
+    return ".".join(part + "_" if part in _TAKEN or not part else part for part in parts)
+
+
+def _reseed(key: jax.Array, seed: jax.Array) -> jax.Array:
+    """Keys (of any shape) that also depend on two 32-bit numbers."""
+    words = jax.lax.bitcast_convert_type(seed, jnp.uint32)
+    fold = lambda k: jax.random.fold_in(jax.random.fold_in(k, words[0]), words[1])
+    return jax.vmap(fold)(key.reshape(-1)).reshape(key.shape)
 
 
 def _encode(value: jax.Array) -> jax.Array:
@@ -135,19 +172,23 @@ def _call(
 ) -> Callable:
     impls = dict(key_impls)
 
-    def call(parameters, buffers, args, *, training, **kwargs):
+    def call(parameters, buffers, args, *, seed, training, **kwargs):
         module = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
         module.train() if training else module.eval()
         graph, state = nnx.split(module)
         values = parameters | buffers
-        leaves = [
-            _decode(values[name], variable.get_value(), impls.get(name))
-            for name, variable in _variables(state)
-        ]
+        leaves, streams = [], set()
+        for path, variable in _variables(state):
+            name = _name(path)
+            value = _decode(values[name], variable.get_value(), impls.get(name))
+            if isinstance(variable, nnx.RngState):
+                streams.add(name)
+                value = _reseed(value, seed) if name in impls else value
+            leaves.append(value)
         module = nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))
         out = getattr(module, method)(*args, **kwargs)
-        after = {name: _encode(v[...]) for name, v in _variables(nnx.state(module))}
-        return out, {name: after[name] for name in buffers}
+        after = {_name(path): _encode(v[...]) for path, v in _variables(nnx.state(module))}
+        return out, {name: after[name] for name in buffers if name not in streams}
 
     name = getattr(factory, "__name__", "NNXModule").replace("<lambda>", "NNXModule")
     return wrap(call, name=name, static_argnames=("training", *static_argnames), wide="cast")
