@@ -1,6 +1,8 @@
 """What every implementation agrees on: the request, who sees whom, and which weights dropout keeps."""
 
 import dataclasses
+import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -84,6 +86,16 @@ def tokens(inputs: Inputs, context: Context, options: Options) -> tuple[Tokens, 
 def compute_dtype(dtype) -> jnp.dtype:
     """The dtype of logits, softmax and accumulators: float32, or float64 for float64 inputs."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def finite_tokens(*arrays: jax.Array) -> jax.Array:
+    """Which tokens, `[B, length, heads]`, are finite in all of `arrays [B, length, heads, dim]`.
+
+    One that is not makes NaN of all queries that see it, and of nothing else: 0 times NaN is NaN, so wherever a hidden
+    token would meet a weight of 0, implementations put zeros in its place.
+    """
+    # x * 0 is NaN where x is not finite; floats are summed faster than truths.
+    return functools.reduce(operator.and_, ((array * 0).sum(-1) == 0 for array in arrays))
 
 
 def hides_by_position(options: Options) -> bool:

@@ -1,4 +1,8 @@
-"""Grouped-query attention as one page of `jax.numpy`: the oracle. O(T S) memory, any float dtype, any derivative."""
+"""Grouped-query attention as one page of `jax.numpy`: the oracle. O(T S) memory, any float dtype, any derivative.
+
+What is not finite is computed as zeros, and a query that sees any of it then becomes NaN: so no product meets 0 times
+NaN, in no derivative either.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +17,30 @@ def attention(
     batch, q_len, num_heads, head_dim = inputs.query.shape
     kv_len, num_kv_heads = inputs.key.shape[1:3]
     compute = algebra.compute_dtype(inputs.query.dtype)
-    query, key, value = (array.astype(compute) for array in inputs[:3])
+    query, key, value = (_finite(array.astype(compute)) for array in inputs[:3])
+    spoiled = _per_head(~algebra.finite_tokens(inputs.key, inputs.value), num_heads)[:, :, None]
+    spoiled = spoiled | _per_head(~algebra.finite_tokens(inputs.query), num_heads)[..., None]
     grouped = query.reshape(batch, q_len, num_kv_heads, -1, head_dim)
     logits = options.scale * jnp.einsum("btkrd,bskd->bkrts", grouped, key, precision="highest")
     logits = logits.reshape(batch, num_heads, q_len, kv_len)
     if options.logits_soft_cap is not None:
         logits = options.logits_soft_cap * jnp.tanh(logits / options.logits_soft_cap)
+    seen = []
     if inputs.bias is not None:
-        logits = logits + jnp.broadcast_to(inputs.bias.astype(compute), logits.shape)
-
+        bias = jnp.broadcast_to(inputs.bias.astype(compute), logits.shape)
+        logits = logits + _finite(bias)
+        spoiled = spoiled | ~(bias < jnp.inf)
+        seen.append(~jnp.isneginf(bias))
     queries, keys = algebra.tokens(inputs, context, options)
     visible = algebra.visible(queries, keys, options)
     if visible is not None:
-        visible = jnp.broadcast_to(visible[:, None], logits.shape)
-        logits = jnp.where(visible, logits, -jnp.inf)
+        seen.append(jnp.broadcast_to(visible[:, None], logits.shape))
     if context.mask is not None:
-        logits = jnp.where(jnp.broadcast_to(context.mask, logits.shape), logits, -jnp.inf)
+        seen.append(jnp.broadcast_to(context.mask, logits.shape))
+    for each in seen:
+        logits = jnp.where(each, logits, -jnp.inf)
+        spoiled = spoiled & each
+    spoiled = jnp.swapaxes(spoiled.any(-1), 1, 2)  # [B, T, N]
 
     top = logits.max(axis=-1, initial=-jnp.inf)  # [B, N, T]
     if inputs.sinks is not None:
@@ -52,4 +64,19 @@ def attention(
     weights = weights.reshape(batch, num_kv_heads, -1, q_len, kv_len)
     out = jnp.einsum("bkrts,bskd->btkrd", weights, value, precision="highest")
     out = out.reshape(batch, q_len, num_heads, -1).astype(inputs.query.dtype)
-    return out, jnp.swapaxes(lse, 1, 2)
+    return _spoil(out, spoiled[..., None]), _spoil(jnp.swapaxes(lse, 1, 2), spoiled)
+
+
+def _finite(array):
+    return jnp.where(jnp.isfinite(array), array, 0.0)
+
+
+def _spoil(array, where):
+    """NaN `where`; the derivative is that of `array`."""
+    return jnp.where(where, array + jnp.asarray(jnp.nan, array.dtype), array)
+
+
+def _per_head(tokens, num_heads):
+    """`[B, length, heads]` to `[B, N, length]`."""
+    tokens = jnp.swapaxes(tokens, 1, 2)
+    return jnp.repeat(tokens, num_heads // tokens.shape[1], axis=1)

@@ -12,9 +12,9 @@ from pallas_kernels.attention import algebra, tuning
 class Problem(NamedTuple):
     """A request in tile form. Lengths are padded to whole blocks; a dimension of size 1 may broadcast."""
 
-    query: jax.Array  # [B, K, R, T, D]
-    key: jax.Array  # [B, K, S, D]
-    value: jax.Array  # [B, K, S, Dv]
+    query: jax.Array  # [B, K, R, T, D], NaN for infinity
+    key: jax.Array  # [B, K, S, D], NaN for a token of which anything is not finite
+    value: jax.Array  # [B, K, S, Dv], there 0
     bias: jax.Array | None  # [B|1, K|1, R|1, T|1, S|1]
     mask: jax.Array | None  # the same
     queries: algebra.Tokens  # [B|1, T]
@@ -75,15 +75,22 @@ def make_problem(
         # Repeating the last token keeps the minimum and maximum of its block.
         return tokens.map(lambda array: _pad(array, 1, length, mode="edge"))
 
-    heads_first = lambda array: jnp.swapaxes(_pad(array, 1, kv_len), 1, 2).astype(dtype)
+    def heads_first(array, finite, instead):
+        array = jnp.where(finite[..., None], array, jnp.asarray(instead, array.dtype))
+        return jnp.swapaxes(_pad(array, 1, kv_len), 1, 2).astype(dtype)
+
+    query = jnp.where(
+        jnp.isfinite(inputs.query), inputs.query, jnp.asarray(jnp.nan, inputs.query.dtype)
+    )
+    finite = algebra.finite_tokens(inputs.key, inputs.value)
     queries, keys = algebra.tokens(inputs, context, options)
     exists = None
     if kv_len != inputs.key.shape[1]:
         exists = (jnp.arange(kv_len) < inputs.key.shape[1])[None]
     return Problem(
-        split_queries(inputs.query, num_kv_heads, q_len).astype(dtype),
-        heads_first(inputs.key),
-        heads_first(inputs.value),
+        split_queries(query, num_kv_heads, q_len).astype(dtype),
+        heads_first(inputs.key, finite, jnp.nan),
+        heads_first(inputs.value, finite, 0.0),
         matrix(inputs.bias),
         matrix(context.mask),
         padded(queries, q_len),

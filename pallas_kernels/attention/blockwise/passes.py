@@ -11,6 +11,9 @@ both products are then plain matrix products over the group's own keys and value
 
 For each block of queries the range of key blocks that it can see is known from minima and maxima of positions and
 segments, so causal attention costs half, a window of W costs O(T W), and packed sequences cost their own squares.
+
+A token that is not finite is NaN where logits are made, which the mask then hides from whom it must not reach, and 0
+in every other product. In the backward a row of queries that saw one, or whose cotangent is not finite, likewise.
 The online softmax follows Milakov & Gimelshein (arXiv 1805.02867), the backward FlashAttention-2 (arXiv 2307.08691),
 algorithm 2.
 """
@@ -33,7 +36,14 @@ from pallas_kernels.attention.blockwise.layout import (
     tile_key_value,
 )
 from pallas_kernels.attention.blockwise.plan import key_blocks, make_plan, own_row
-from pallas_kernels.attention.blockwise.tile import add_at, add_to_bias, drop, product, tile_logits
+from pallas_kernels.attention.blockwise.tile import (
+    add_at,
+    add_to_bias,
+    drop,
+    product,
+    tile_logits,
+    finite_part,
+)
 
 
 def forward(
@@ -116,16 +126,24 @@ def backward(
     (out, lse), (d_out, d_lse) = saved, cotangents
 
     delta = (d_out.astype(compute) * out.astype(compute)).sum(-1) - d_lse.astype(compute)
-    # A row that sees nothing, or is padding, gets p = exp(s - inf) = 0, whatever its cotangents are.
-    hidden = jnp.isneginf(lse)
+    asked = (jnp.abs(d_out).sum(-1) != 0) | (d_lse != 0)
+    broken = ~(jnp.isfinite(delta) & (lse < jnp.inf))
+    # A row that sees nothing, or is padding, gets p = exp(s - inf) = 0, whatever its cotangents are; so does one that
+    # is NaN but that nobody asks about.
+    hidden = jnp.isneginf(lse) | (broken & ~asked)
+    broken = broken & ~hidden
     lse, delta = jnp.where(hidden, jnp.inf, lse), jnp.where(hidden, 0.0, delta)
     d_sinks = None
     if inputs.sinks is not None:
         share = jnp.exp(inputs.sinks.astype(compute)[None, None] - lse)
         d_sinks = -(share * delta).sum((0, 1)).astype(inputs.sinks.dtype)
     tiled = lambda rows, fill=0.0: split_queries(rows, problem.key.shape[1], q_len, fill)
+    # A broken row: p = exp(s + 3e38) is infinite where it sees and 0 where not, and times zeros NaN and 0.
+    lse = jnp.where(broken, jnp.finfo(compute).min, lse)
+    delta = jnp.where(broken, 0.0, delta)
     lse, delta = tiled(lse[..., None], jnp.inf), tiled(delta[..., None])
-    d_out = tiled(d_out).astype(problem.value.dtype)
+    problem = problem._replace(query=finite_part(problem.query))
+    d_out = tiled(jnp.where((hidden | broken)[..., None], 0.0, d_out)).astype(problem.value.dtype)
     batches, heads, num_rows, num_keys = block_counts(problem, size)
 
     def group_of_heads(d_bias, index):
@@ -149,7 +167,8 @@ def backward(
                 d_weights = drop(problem, options, size, at, d_weights)
                 d_logits = weights * (d_weights - row_delta)
                 if d_bias is not None:
-                    d_bias = add_to_bias(d_bias, d_logits, size, at)
+                    of_rows = jnp.where(jnp.isposinf(row_lse), 0.0, d_logits)
+                    d_bias = add_to_bias(d_bias, of_rows, size, at)
                 if slope is not None:
                     d_logits = d_logits * slope
                 d_logits = fold(d_logits).astype(key.dtype)
@@ -158,14 +177,15 @@ def backward(
                 # dimension of its large operand.
                 d_key = add_at(d_key, j, product("bkdt,bkts->bkds", query_t, d_logits))
                 d_value = add_at(d_value, j, product("bkdt,bkts->bkds", d_rows_t, weights))
-                d_query = d_query + product("bkts,bksd->bktd", d_logits, key)
+                d_query = d_query + product("bkts,bksd->bktd", d_logits, finite_part(key))
                 return d_query, d_key, d_value, d_bias
 
             d_query, *carry = lax.fori_loop(
                 *key_blocks(plan, b, i), step, (jnp.zeros_like(query, compute), *carry)
             )
-            d_query = (options.scale * d_query).astype(inputs.query.dtype)
-            return tuple(carry), d_query.reshape(*shape, head_dim)
+            d_query = (options.scale * d_query).reshape(*shape, head_dim)
+            d_query = jnp.where(jnp.isposinf(row_lse), 0.0, d_query)
+            return tuple(carry), d_query.astype(inputs.query.dtype)
 
         zeros = lambda dim: jnp.zeros_like(
             problem.key, compute, (num_keys, *size[:2], dim, size.keys)
@@ -183,8 +203,14 @@ def backward(
         group_of_heads, d_bias, tuple(axis.reshape(-1) for axis in index)
     )
     d_query = join_queries(d_query, problem, size, inputs.query.shape[1])
+    # Nobody asked what a key that is not finite does to the rows that see it.
+    unasked = (
+        ~algebra.finite_tokens(inputs.key, inputs.value)
+        & ~broken.reshape(*broken.shape[:2], -1, group).any((1, 3))[:, None]
+    )
     d_key, d_value = (
-        join_keys(array, problem, size, inputs.key.shape[1]) for array in (d_key, d_value)
+        jnp.where(unasked[..., None], 0, join_keys(array, problem, size, inputs.key.shape[1]))
+        for array in (d_key, d_value)
     )
     if d_bias is not None and inputs.bias is not None:
         d_bias = d_bias.reshape(d_bias.shape[0], -1, *d_bias.shape[3:])

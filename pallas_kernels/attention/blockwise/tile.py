@@ -20,6 +20,11 @@ def product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=compute)
 
 
+def finite_part(array: jax.Array) -> jax.Array:
+    """`array` with zeros for what is not finite."""
+    return jnp.where(jnp.isfinite(array), array, jnp.asarray(0, array.dtype))
+
+
 def tile_logits(problem, options, size, at, query, key, masked):
     """Logits `[b, k, R, t, s]` of a tile (-inf where hidden), their row maxima, and the soft cap's slope or None."""
     raw = product("bktd,bksd->bkts", query, key)
@@ -32,11 +37,13 @@ def tile_logits(problem, options, size, at, query, key, masked):
     if options.logits_soft_cap is not None:
         bounded = jnp.tanh(logits / options.logits_soft_cap)
         logits, slope = options.logits_soft_cap * bounded, 1.0 - bounded * bounded
+        slope = jnp.where(jnp.isnan(slope), 0.0, slope)  # may be hidden, and then meets a 0
     tile = (size.batch, size.heads, raw.shape[2], size.queries, size.keys)
     place = (at.batch, at.heads, 0, at.queries, at.keys)
     if problem.bias is not None:
         bias = take(problem.bias, place, tile).astype(logits.dtype)
-        logits = logits + jnp.broadcast_to(bias, logits.shape)
+        bias = jnp.broadcast_to(bias, logits.shape)
+        logits = jnp.where(jnp.isneginf(bias), -jnp.inf, logits + bias)  # -inf hides NaN too
     if masked:
         hide = lambda seen: jnp.where(jnp.broadcast_to(seen, logits.shape), logits, -jnp.inf)
         seen = algebra.visible(*tile_tokens(problem, size, at), options)
