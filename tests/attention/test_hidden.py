@@ -91,7 +91,8 @@ def test_poison_stays_where_it_is_seen(index, implementation):
     )
     (_, (out, lse)), d_arrays = run(poisoned)
     assert_close(out[clean], expected[clean], atol=1e-6)
-    assert clean.any() and not clean.all()
+    assert clean.any()
+    assert not clean.all()
     assert np.isnan(np.asarray(out[~clean])).any(-1).all()  # and who sees it knows
     assert not np.isfinite(np.asarray(lse[~clean])).any()
     for name, array in poisoned.items():

@@ -40,9 +40,9 @@ from pallas_kernels.attention.blockwise.tile import (
     add_at,
     add_to_bias,
     drop,
+    finite_part,
     product,
     tile_logits,
-    finite_part,
 )
 
 
