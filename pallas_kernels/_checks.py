@@ -1,9 +1,11 @@
 """Errors about what the caller passed, in one grammar: "`argument` must <rule>, got <value>"."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 
 def check_array(name: str, array: Any, letters: str, sizes: dict[str, int]) -> None:
@@ -60,6 +62,57 @@ def check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> No
 
 
 def check_one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Raises `ValueError` unless `value` is one of `choices`."""
-    if value not in choices:
+    """Raises `ValueError` unless `value` is one of `choices`, and of its type."""
+    if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+# What is no array is part of the compiled program: a Python or NumPy value, never a traced one.
+
+
+def check_number(name: str, value: Any, *, is_positive: bool = False) -> float:
+    """`value` as a float.
+
+    Raises:
+      TypeError: it is no Python or NumPy number (bool is none).
+      ValueError: it is not finite, or not positive where `is_positive`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"`{name}` must be a Python number, got {type(value).__name__}")
+    if is_positive and not value > 0:
+        raise ValueError(f"`{name}` must be positive, got {value}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"`{name}` must be finite, got {value}")
+    return number
+
+
+def check_int(name: str, value: Any, *, rule: str = "positive") -> int:
+    """`value` as an int.
+
+    Raises:
+      TypeError: it is no Python or NumPy integer (bool is none).
+      ValueError: it is below 1, which is named by `rule`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"`{name}` must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"`{name}` must be {rule}, got {value}")
+    return int(value)
+
+
+def check_window(value: Any) -> int | None:
+    """`sliding_window` as an int, or None. Raises as `check_int`."""
+    if value is None:
+        return None
+    return check_int("sliding_window", value, rule="a positive number of keys")
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """`value` as a bool. Raises `TypeError` unless it is a Python or NumPy one."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}")
+    return bool(value)

@@ -62,7 +62,7 @@ def resolve(operator: str, implementation: str | None, reasons: Mapping[str, str
       ValueError: the name is unknown.
       NotImplementedError: the implementation asked for (or every one) cannot run this call.
     """
-    if implementation is not None and implementation not in reasons:
+    if implementation is not None and implementation not in tuple(reasons):
         known = ", ".join(map(repr, reasons))
         raise ValueError(f"`implementation` must be None or one of {known}, got {implementation!r}")
     if EXPLAINING.get():

@@ -43,7 +43,7 @@ def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> _d
       gqa_attention
     """
     name = operator if isinstance(operator, str) else getattr(operator, "__name__", "")
-    if name not in _OPERATORS:
+    if name not in tuple(_OPERATORS):
         raise ValueError(f"`operator` must be one of {', '.join(_OPERATORS)}, got {operator!r}")
     before = _dispatch.EXPLAINING.set(True)
     try:

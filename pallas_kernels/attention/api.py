@@ -209,13 +209,16 @@ def gqa_attention_qkv(
       >>> gqa_attention_qkv(qkv, is_causal=True).shape
       (1, 8, 4, 16)
     """
-    _checks.check_array("qkv", qkv, "B T K R+2 D", {})
-    batch, length, num_kv_heads, width, head_dim = qkv.shape
-    if width < 3:
+    options, sizes = dict(locals()), {}
+    _checks.check_array("qkv", qkv, "B T K R+2 D", sizes)
+    _checks.check_float("qkv", qkv)
+    if sizes["R+2"] < 3:
         raise ValueError(f"`qkv` must have shape [B, T, K, R + 2, D] with R >= 1, got {qkv.shape}")
-    options = dict(locals())
-    for name in ("segment_ids", "positions", "cu_seqlens"):
+    for name, letters in _SELF_PLACES.items():
         options[f"query_{name}"] = options[f"kv_{name}"] = options[name]
+        if options[name] is not None:
+            _checks.check_array(name, options[name], letters, sizes)
+            _checks.check_integer(name, options[name])
     options = _options(options)
     fused = vjp.Fused(qkv, sinks)
     split = jax.eval_shape(lambda qkv: vjp.Fused(qkv).split(), qkv)
@@ -233,6 +236,7 @@ def gqa_attention_qkv(
     return gqa_attention(query, key, value, **options, implementation=implementation)
 
 
+_SELF_PLACES = {"segment_ids": "B T", "positions": "B T", "cu_seqlens": "num_sequences+1"}
 _DEFAULTS = {
     name: value
     for name, value in (gqa_attention.__kwdefaults__ or {}).items()
@@ -241,7 +245,17 @@ _DEFAULTS = {
 
 
 def _options(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: arguments[name] for name in _DEFAULTS}
+    """The options of a call; those that are no arrays checked, as Python numbers."""
+    options = {name: arguments[name] for name in _DEFAULTS}
+    options["is_causal"] = _checks.check_flag("is_causal", options["is_causal"])
+    options["sliding_window"] = _checks.check_window(options["sliding_window"])
+    options["dropout_rate"] = _checks.check_number("dropout_rate", options["dropout_rate"])
+    if options["scale"] is not None:
+        options["scale"] = _checks.check_number("scale", options["scale"])
+    if options["logits_soft_cap"] is not None:
+        cap = _checks.check_number("logits_soft_cap", options["logits_soft_cap"], is_positive=True)
+        options["logits_soft_cap"] = cap
+    return options
 
 
 def _reasons(query, key, value, options, *, with_lse: bool) -> dict[str, str | None]:
@@ -358,13 +372,6 @@ def _check(query, key, value, options) -> None:
 
 
 def _check_logits(options, sizes) -> None:
-    if options["scale"] is not None:
-        _check_number("scale", options["scale"])
-    cap = options["logits_soft_cap"]
-    if cap is not None:
-        _check_number("logits_soft_cap", cap)
-        if cap <= 0:
-            raise ValueError(f"`logits_soft_cap` must be positive, got {cap}")
     for name in ("mask", "bias"):
         array = options[name]
         if array is None:
@@ -389,15 +396,8 @@ def _check_places(options, sizes) -> None:
         "causal_alignment", options["causal_alignment"], ("upper_left", "bottom_right")
     )
     window = options["sliding_window"]
-    if window is not None:
-        if not isinstance(window, int | np.integer) or isinstance(window, bool):
-            raise TypeError(f"`sliding_window` must be an int, got {window!r}")
-        if window < 1:
-            raise ValueError(f"`sliding_window` must be a positive number of keys, got {window}")
-        if not options["is_causal"]:
-            raise ValueError(
-                f"`is_causal` must be True with `sliding_window={window}`, got {options['is_causal']}"
-            )
+    if window is not None and not options["is_causal"]:
+        raise ValueError(f"`is_causal` must be True with `sliding_window={window}`, got False")
     for query_name, kv_name, letters in (
         ("query_segment_ids", "kv_segment_ids", ("B T", "B S")),
         ("query_positions", "kv_positions", ("B T", "B S")),
@@ -441,18 +441,19 @@ def _check_places(options, sizes) -> None:
 
 
 def _check_dropout(options) -> None:
-    rate = options["dropout_rate"]
-    _check_number("dropout_rate", rate)
+    rate, key = options["dropout_rate"], options["dropout_key"]
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"`dropout_rate` must be in [0, 1), got {rate}")
-    if rate > 0.0 and options["dropout_key"] is None:
+    if rate > 0.0 and key is None:
         raise ValueError(f"`dropout_key` must be given with `dropout_rate={rate}`, got None")
+    if key is not None:
+        dtype, shape = getattr(key, "dtype", np.dtype(bool)), np.shape(key)
+        is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+        if not is_key and not (dtype == jnp.uint32 and shape == (2,)):
+            raise TypeError(
+                f"`dropout_key` must be one JAX random key, got {type(key).__name__} of shape {shape}"
+            )
     if options["dropout_offset"] is not None and np.shape(options["dropout_offset"]) != (2,):
         raise ValueError(
             f"`dropout_offset` must be (batch row, query head), got {options['dropout_offset']!r}"
         )
-
-
-def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be a Python number, got {type(value).__name__}")

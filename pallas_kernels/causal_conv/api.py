@@ -133,7 +133,8 @@ def causal_conv1d_qkv(
       ((1, 5, 2, 4), (1, 5, 4, 8))
     """
     sizes = _check_qkv(mixed, weight, key_dim, value_dim, bias, initial_state, segment_ids)
-    options = vjp.Options(key_dim, value_dim, use_qk_l2norm)
+    use_qk_l2norm = _checks.check_flag("use_qk_l2norm", use_qk_l2norm)
+    options = vjp.Options(int(key_dim), int(value_dim), use_qk_l2norm)
     operands = vjp.Operands(mixed, weight, bias, initial_state, segment_ids)
     reasons = _reasons_qkv(sizes, operands, key_dim, value_dim)
     chosen = _dispatch.resolve("causal_conv1d_qkv", implementation, reasons)
@@ -187,8 +188,7 @@ def _check_qkv(
     if sizes["W"] < 1:
         raise ValueError("`weight` must have at least one tap, got W=0")
     for name, dim in (("key_dim", key_dim), ("value_dim", value_dim)):
-        if dim < 1:
-            raise ValueError(f"`{name}` must be positive, got {dim}")
+        _checks.check_int(name, dim)
     channels = sizes["C"]
     values = channels - 2 * key_dim
     if values < value_dim or values % value_dim:

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch
@@ -63,29 +63,28 @@ def decode_attention(
       >>> decode_attention(query, cache, cache, jnp.array([7, 32])).shape
       (2, 1, 4, 16)
     """
-    options = {
-        "key_scale": key_scale,
-        "value_scale": value_scale,
-        "sliding_window": sliding_window,
-        "sinks": sinks,
-        "logits_soft_cap": logits_soft_cap,
-        "scale": scale,
-    }
-    _check(query, key_cache, value_cache, lengths, **options)
+    _check(query, key_cache, value_cache, lengths, key_scale, value_scale, sinks)
+    window = _checks.check_window(sliding_window)
+    scale = query.shape[-1] ** -0.5 if scale is None else _checks.check_number("scale", scale)
+    if logits_soft_cap is not None:
+        logits_soft_cap = _checks.check_number("logits_soft_cap", logits_soft_cap, is_positive=True)
     chosen = _dispatch.resolve("decode_attention", implementation, _reasons())
-    options["scale"] = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    arrays = (query, key_cache, value_cache, lengths, key_scale, value_scale, sinks)
+    query, key_cache, value_cache, lengths, key_scale, value_scale, sinks = jax.tree.map(
+        jnp.asarray, arrays
+    )
     run = reference if chosen == "reference" else blockwise
-    return run.decode_attention(query, key_cache, value_cache, lengths, **options)
+    return run.decode_attention(
+        query, key_cache, value_cache, lengths, key_scale=key_scale, value_scale=value_scale,
+        sliding_window=window, sinks=sinks, logits_soft_cap=logits_soft_cap, scale=scale,
+    )  # fmt: skip
 
 
 def _reasons() -> dict[str, str | None]:
     return {name: tuning.unsupported_reason(name) for name in ("blockwise", "reference")}
 
 
-def _check(
-    query, key_cache, value_cache, lengths, *, key_scale, value_scale, sliding_window, sinks,
-    logits_soft_cap, scale,
-) -> None:  # fmt: skip
+def _check(query, key_cache, value_cache, lengths, key_scale, value_scale, sinks) -> None:
     """Raises for every call that no implementation may accept."""
     sizes: dict[str, int] = {}
     _checks.check_array("query", query, "B T N D", sizes)
@@ -110,20 +109,6 @@ def _check(
         if scales is not None:
             _checks.check_array(scale_name, scales, "B K S", sizes)
             _checks.check_float(scale_name, scales)
-    if sliding_window is not None:
-        if not isinstance(sliding_window, int | np.integer) or isinstance(sliding_window, bool):
-            raise TypeError(f"`sliding_window` must be an int, got {sliding_window!r}")
-        if sliding_window < 1:
-            raise ValueError(
-                f"`sliding_window` must be a positive number of keys, got {sliding_window}"
-            )
     if sinks is not None:
         _checks.check_array("sinks", sinks, "N", sizes)
         _checks.check_float("sinks", sinks)
-    for name, number in (("scale", scale), ("logits_soft_cap", logits_soft_cap)):
-        if number is not None and (
-            isinstance(number, bool) or not isinstance(number, int | float | np.number)
-        ):
-            raise TypeError(f"`{name}` must be a Python number, got {type(number).__name__}")
-    if logits_soft_cap is not None and logits_soft_cap <= 0:
-        raise ValueError(f"`logits_soft_cap` must be positive, got {logits_soft_cap}")

@@ -111,11 +111,12 @@ def gated_delta_rule(
       [1.0, 1.0, 1.0]
     """
     sizes = _check(query, key, value, g, beta, initial_state, segment_ids, cu_seqlens, chunk_size)
+    use_qk_l2norm = _checks.check_flag("use_qk_l2norm", use_qk_l2norm)
+    scale = sizes["Dk"] ** -0.5 if scale is None else _checks.check_number("scale", scale)
     tokens = order.Tokens(query, key, value, g, beta)
     reasons = _reasons(sizes, tokens, (initial_state, segment_ids, cu_seqlens), chunk_size)
     chosen = _dispatch.resolve("gated_delta_rule", implementation, reasons)
     compute = algebra.compute_dtype(value.dtype)
-    scale = float(sizes["Dk"] ** -0.5 if scale is None else scale)
     if initial_state is None:
         shape = (sizes["sequences"], sizes["Hv"], sizes["Dk"], sizes["Dv"])
         initial_state = jnp.zeros_like(value, compute, shape)
@@ -194,13 +195,16 @@ def gated_delta_rule_step(
       [0.0, 0.0, 0.0, 4.0, 0.0]
     """
     sizes = _check_step(query, key, value, g, beta, state, slots)
+    options = step.Options(
+        sizes["Dk"] ** -0.5 if scale is None else _checks.check_number("scale", scale),
+        _checks.check_flag("use_qk_l2norm", use_qk_l2norm),
+        _checks.check_flag("return_states", return_states),
+    )
     tokens = step.Tokens(query, key, value, g, beta)
     reasons = _step_reasons(tokens, state, slots)
     chosen = _dispatch.resolve("gated_delta_rule_step", implementation, reasons)
-    state = state.astype(step.state_dtype(state, value))
+    state = jnp.asarray(state).astype(step.state_dtype(state, value))
     tokens, state, slots = _sharding.vary_alike((tokens, state, slots))
-    scale = float(sizes["Dk"] ** -0.5 if scale is None else scale)
-    options = step.Options(scale, use_qk_l2norm, return_states)
     return GatedDeltaRuleStepOutput(*step.run(chosen, options, tokens, state, slots))
 
 
@@ -236,7 +240,7 @@ def _plan(
     sizes, cu_seqlens, scale, use_qk_l2norm, chunk_size, *, per_channel, kernels
 ) -> order.Plan:
     sequences = None if cu_seqlens is None else sizes["sequences"]
-    chunk = chunk_size or tuning.chunk_size(sizes["T"], sequences)
+    chunk = int(chunk_size) if chunk_size else tuning.chunk_size(sizes["T"], sequences)
     if kernels:
         chunk = mosaic_gpu_tuning.CHUNK
     count = order.chunk_count(sizes["T"], sequences, chunk)
@@ -276,7 +280,9 @@ def _check(
     sizes = _check_operands(query, key, value, g, beta)
     letter = "B"
     if chunk_size is not None:
-        _checks.check_one_of("chunk_size", chunk_size, tuning.CHUNK_SIZES)
+        _checks.check_one_of(
+            "chunk_size", _checks.check_int("chunk_size", chunk_size), tuning.CHUNK_SIZES
+        )
     if segment_ids is not None:
         _checks.check_array("segment_ids", segment_ids, "B T", sizes)
         _checks.check_integer("segment_ids", segment_ids)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -102,15 +103,19 @@ def gated_deltanet_step(
       ((1, 1, 1, 2), [0.0, 0.0, 0.0, 1.0])
     """
     inputs = Inputs(mixed, logits, conv_state, conv_kernel, conv_bias, A_log, dt_bias, lengths)
-    _check(inputs, state, slots)
+    sizes = _check(inputs, state, slots)
+    scale = float(sizes["Dk"] ** -0.5) if scale is None else _checks.check_number("scale", scale)
+    flags = {
+        "use_qk_l2norm": use_qk_l2norm,
+        "allow_negative_eigenvalues": allow_negative_eigenvalues,
+        "return_states": return_states,
+    }
+    options = Options(scale, *(_checks.check_flag(*flag) for flag in flags.items()))
     reasons = _reasons(inputs, state, slots)
     chosen = _dispatch.resolve("gated_deltanet_step", implementation, reasons)
-    state = state.astype(step.state_dtype(state, mixed))
+    state = jnp.asarray(state).astype(step.state_dtype(state, mixed))
+    inputs, slots = jax.tree.map(jnp.asarray, (inputs, slots))
     inputs, state, slots = _sharding.vary_alike((inputs, state, slots))
-    options = Options(
-        float(state.shape[2] ** -0.5 if scale is None else scale), use_qk_l2norm,
-        allow_negative_eigenvalues, return_states,
-    )  # fmt: skip
     out, after, states, windows = step.run(chosen, options, inputs, state, slots)
     return GatedDeltaNetStepOutput(out, after, windows, states)
 
@@ -129,8 +134,9 @@ def _reasons(inputs: Inputs, state, slots) -> dict[str, str | None]:
     }  # fmt: skip
 
 
-def _check(inputs: Inputs, state, slots) -> None:
-    pool, sizes = "B" if slots is None else "num_slots", {}
+def _check(inputs: Inputs, state, slots) -> dict[str, int]:
+    pool = "B" if slots is None else "num_slots"
+    sizes: dict[str, int] = {}
     _checks.check_array("A_log", inputs.A_log, "Hk n", sizes)
     sizes["Hv"] = sizes["Hk"] * sizes["n"]
     sizes["2*n"] = 2 * sizes["n"]
@@ -166,8 +172,9 @@ def _check(inputs: Inputs, state, slots) -> None:
         if array is not None:
             _checks.check_array(name, array, "B", sizes)
             _checks.check_integer(name, array)
-    if inputs.lengths is None or isinstance(inputs.lengths, jax.core.Tracer | jax.ShapeDtypeStruct):
-        return
-    lengths = np.asarray(inputs.lengths)
-    if ((lengths < 0) | (lengths > sizes["T"])).any():
-        raise ValueError(f"`lengths` must lie in [0, T={sizes['T']}], got {lengths.tolist()}")
+    lengths = inputs.lengths
+    if lengths is not None and not isinstance(lengths, jax.core.Tracer | jax.ShapeDtypeStruct):
+        lengths = np.asarray(lengths)
+        if ((lengths < 0) | (lengths > sizes["T"])).any():
+            raise ValueError(f"`lengths` must lie in [0, T={sizes['T']}], got {lengths.tolist()}")
+    return sizes
