@@ -33,6 +33,10 @@ def check_step(x: Any, cache: Any, lengths: Any) -> Any:
             f"`x` must have the cache's batch size {cache.batch_size}, got {x.shape[0]} rows"
         )
     lengths = checked_lengths(lengths, *x.shape[:2])
+    if cache.max_tokens is not None and x.shape[1] > cache.max_tokens:
+        raise ValueError(
+            f"`cache` must hold at least T={x.shape[1]} tokens, got capacity {cache.max_tokens}"
+        )
     check_room(cache, lengths, x.shape[1])
     return lengths
 
@@ -55,14 +59,12 @@ def check_room(cache: Any, lengths: Any, num_new: int) -> None:
     limit = cache.max_tokens
     if limit is None:
         return
-    if num_new > limit:
-        raise ValueError(f"`cache` must hold at least T={num_new} tokens, got capacity {limit}")
-    held = _read(cache.length)
+    held, needed = _read(cache.length), num_new
     added = np.asarray(num_new) if lengths is None else _read(lengths)
-    if held is not None and added is not None and (held + added).max() > limit:
-        raise ValueError(
-            f"`cache` must hold {(held + added).max()} tokens after this step, got capacity {limit}"
-        )
+    if held is not None and added is not None:
+        needed = max(needed, int((held + added).max()))
+    if needed > limit:
+        raise ValueError(f"`cache` must hold {needed} tokens after this step, got capacity {limit}")
 
 
 def check_size(name: str, size: Any) -> None:
