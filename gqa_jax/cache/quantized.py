@@ -10,13 +10,12 @@ from jaxtyping import Array, Float, Int
 from gqa_jax.cache.full import (
     MAX_DECODE_TOKENS,
     Attended,
-    end_of_step,
+    nan_where,
     prefill_attention,
     rewind_length,
     slots_behind,
     write,
 )
-from gqa_jax.cache.lengths import advance, settle
 from gqa_jax.cache.rewinding import Rewound
 from pallas_kernels import decode_attention
 
@@ -46,8 +45,7 @@ class QuantizedKVCache:
     steps gives the same result.
 
     Attributes:
-      key, value: `[B, K, S, D]` codes, int8, or uint8 with the bits of float8_e4m3fn (XLA on a CPU would convert
-        a whole float8 array to write one token into it); keys after position embedding; S is the capacity.
+      key, value: `[B, K, S, D]` codes; keys after position embedding; S is the capacity.
       key_scale, value_scale: `[B, K, S]` float32.
       length: `[B]` int32, tokens held per row.
     """
@@ -80,16 +78,15 @@ class QuantizedKVCache:
         lengths: Int[Array, "B"],
     ) -> "QuantizedKVCache":
         """As `KVCache.append`; the new tokens are quantised."""
-        lengths, length = advance(self.length, lengths, key.shape[1])
         slot = slots_behind(self.length, lengths, key.shape[1], self.capacity)
-        key_codes, key_scale = quantize(jnp.swapaxes(key, 1, 2), _stored(self.key).dtype)
-        value_codes, value_scale = quantize(jnp.swapaxes(value, 1, 2), _stored(self.value).dtype)
+        key_codes, key_scale = quantize(jnp.swapaxes(key, 1, 2), self.key.dtype)
+        value_codes, value_scale = quantize(jnp.swapaxes(value, 1, 2), self.value.dtype)
         return QuantizedKVCache(
-            write(self.key, slot, key_codes.view(self.key.dtype)),
-            write(self.value, slot, value_codes.view(self.value.dtype)),
+            write(self.key, slot, key_codes),
+            write(self.value, slot, value_codes),
             write(self.key_scale, slot, key_scale),
             write(self.value_scale, slot, value_scale),
-            length,
+            (self.length + lengths).astype(jnp.int32),
         )
 
     def append_and_attend(
@@ -101,21 +98,21 @@ class QuantizedKVCache:
         if num_new <= MAX_DECODE_TOKENS:
             out = decode_attention(
                 query,
-                _stored(cache.key),
-                _stored(cache.value),
-                end_of_step(start, num_new, self.capacity),
+                cache.key,
+                cache.value,
+                start + num_new,
                 key_scale=cache.key_scale,
                 value_scale=cache.value_scale,
                 **options,
             )
         else:
-            keys = _stored(cache.key).astype(jnp.float32) * cache.key_scale[..., None]
-            values = _stored(cache.value).astype(jnp.float32) * cache.value_scale[..., None]
+            keys = cache.key.astype(jnp.float32) * cache.key_scale[..., None]
+            values = cache.value.astype(jnp.float32) * cache.value_scale[..., None]
             out = prefill_attention(query, keys, values, start, **options)
-        return Attended(settle(out, lengths, cache.overflowed()), cache)
+        return Attended(nan_where(cache.overflowed(), out), cache)
 
     def overflowed(self) -> Array:
-        """As `KVCache.overflowed`."""
+        """`[B]` bool: rows to which more tokens were appended than they can hold."""
         return self.length > self.capacity
 
     def reset(self) -> "QuantizedKVCache":
@@ -125,8 +122,3 @@ class QuantizedKVCache:
     def rewind(self, position: int | Int[Array, "B"]) -> Rewound:
         """As `KVCache.rewind`."""
         return rewind_length(self, position)
-
-
-def _stored(codes: Array) -> Array:
-    """The codes as numbers: int8, or float8_e4m3fn from its bits."""
-    return codes.view(jnp.float8_e4m3fn) if codes.dtype == jnp.uint8 else codes

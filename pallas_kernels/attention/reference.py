@@ -7,6 +7,7 @@ NaN, in no derivative either.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._inert import finite_part, spoil
 from pallas_kernels.attention import algebra
 
 
@@ -17,7 +18,7 @@ def attention(
     batch, q_len, num_heads, head_dim = inputs.query.shape
     kv_len, num_kv_heads = inputs.key.shape[1:3]
     compute = algebra.compute_dtype(inputs.query.dtype)
-    query, key, value = (_finite(array.astype(compute)) for array in inputs[:3])
+    query, key, value = (finite_part(array.astype(compute)) for array in inputs[:3])
     spoiled = _per_head(~algebra.finite_tokens(inputs.key, inputs.value), num_heads)[:, :, None]
     spoiled = spoiled | _per_head(~algebra.finite_tokens(inputs.query), num_heads)[..., None]
     grouped = query.reshape(batch, q_len, num_kv_heads, -1, head_dim)
@@ -28,7 +29,7 @@ def attention(
     seen = []
     if inputs.bias is not None:
         bias = jnp.broadcast_to(inputs.bias.astype(compute), logits.shape)
-        logits = logits + _finite(bias)
+        logits = logits + finite_part(bias)
         spoiled = spoiled | ~(bias < jnp.inf)
         seen.append(~jnp.isneginf(bias))
     queries, keys = algebra.tokens(inputs, context, options)
@@ -64,16 +65,7 @@ def attention(
     weights = weights.reshape(batch, num_kv_heads, -1, q_len, kv_len)
     out = jnp.einsum("bkrts,bskd->btkrd", weights, value, precision="highest")
     out = out.reshape(batch, q_len, num_heads, -1).astype(inputs.query.dtype)
-    return _spoil(out, spoiled[..., None]), _spoil(jnp.swapaxes(lse, 1, 2), spoiled)
-
-
-def _finite(array):
-    return jnp.where(jnp.isfinite(array), array, 0.0)
-
-
-def _spoil(array, where):
-    """NaN `where`; the derivative is that of `array`."""
-    return jnp.where(where, array + jnp.asarray(jnp.nan, array.dtype), array)
+    return spoil(out, spoiled[..., None]), spoil(jnp.swapaxes(lse, 1, 2), spoiled)
 
 
 def _per_head(tokens, num_heads):

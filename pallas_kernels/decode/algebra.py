@@ -1,7 +1,29 @@
 """What every implementation agrees on."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+
+
+class Operands(NamedTuple):
+    """The arrays of a call, as the operator takes them; `lengths` counts cached tokens, the T new ones included."""
+
+    query: jax.Array
+    key_cache: jax.Array
+    value_cache: jax.Array
+    lengths: jax.Array
+    key_scale: jax.Array | None
+    value_scale: jax.Array | None
+    sinks: jax.Array | None
+
+
+class Options(NamedTuple):
+    """Everything static about a call."""
+
+    sliding_window: int | None
+    logits_soft_cap: float | None
+    scale: float
 
 
 def compute_dtype(dtype) -> jnp.dtype:

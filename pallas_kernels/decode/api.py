@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch
-from pallas_kernels.decode import blockwise, reference, tuning
+from pallas_kernels.decode import algebra, blockwise, reference, tuning
 
 MAX_NEW_TOKENS = 16
 Implementation = Literal["blockwise", "reference"]
@@ -32,7 +32,7 @@ def decode_attention(
     Args:
       query: `[B, T, N, D]`, T from 1 to 16; query t of row b stands at position `lengths[b] - T + t`.
       key_cache: `[B, K, S, D]` head-major, the T new keys already written; any float, float8 or int8. What stands
-        behind `lengths[b]` is not seen, but must be finite.
+        behind `lengths[b]` is not seen, whatever it is.
       value_cache: `[B, K, S, Dv]`; its dtype may differ from that of `key_cache`.
       lengths: `[B]` integer, tokens in the cache of each row, the T new ones included; at most S.
       key_scale, value_scale: `[B, K, S]` float, one scale per kv head and token; an int8 cache needs its own.
@@ -51,7 +51,7 @@ def decode_attention(
 
     | implementation | runs on | dtypes | copies of the cache | gradients | vmap, shard_map | deterministic |
     |---|---|---|---|---|---|---|
-    | "blockwise" | any (XLA) | all | CPU: one head at a time, and only to widen it | all floats | yes | yes |
+    | "blockwise" | any (XLA) | all | CPU: one head at a time, and only to widen it | by the reference | yes | yes |
     | "reference" | any (XLA) | all | float32 copy of the whole | all floats | yes | yes |
 
     Source: grouped queries, arXiv 2305.13245 section 2. Head-major, so that a step reads each key once and writes none.
@@ -65,20 +65,16 @@ def decode_attention(
     """
     _check(query, key_cache, value_cache, lengths, key_scale, value_scale, sinks)
     window = _checks.check_window(sliding_window)
-    scale = query.shape[-1] ** -0.5 if scale is None else _checks.check_number("scale", scale)
+    scale = _checks.check_number("scale", query.shape[-1] ** -0.5 if scale is None else scale)
     if logits_soft_cap is not None:
         logits_soft_cap = _checks.check_number("logits_soft_cap", logits_soft_cap, is_positive=True)
     chosen = _dispatch.resolve("decode_attention", implementation, _reasons())
-    lengths = _checks.as_int32("lengths", lengths)
-    arrays = (query, key_cache, value_cache, lengths, key_scale, value_scale, sinks)
-    query, key_cache, value_cache, lengths, key_scale, value_scale, sinks = jax.tree.map(
-        jnp.asarray, arrays
+    operands = algebra.Operands(
+        query, key_cache, value_cache, lengths, key_scale, value_scale, sinks
     )
+    options = algebra.Options(window, logits_soft_cap, scale)
     run = reference if chosen == "reference" else blockwise
-    return run.decode_attention(
-        query, key_cache, value_cache, lengths, key_scale=key_scale, value_scale=value_scale,
-        sliding_window=window, sinks=sinks, logits_soft_cap=logits_soft_cap, scale=scale,
-    )  # fmt: skip
+    return run.decode_attention(jax.tree.map(jnp.asarray, operands), options)
 
 
 def _reasons() -> dict[str, str | None]:

@@ -3,65 +3,99 @@
 The T * R queries of a kv head are the rows of one matrix product over its keys and one over its values, so that
 nothing is repeated. An 8-bit cache is exact in bfloat16: with bfloat16 queries it is widened to that, otherwise to
 float32, and only for the pairs at work. Scales of a quantised cache multiply logits and weights, never the cache.
+
+Pairs of which anything comes out that is not finite are computed again, one by one, with zeros for the values that are
+not: what is hidden has weight 0, and 0 times NaN is NaN. Derivatives are those of the reference.
 """
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode import algebra, tuning
+from pallas_kernels._inert import finite_part
+from pallas_kernels.decode import algebra, reference, tuning
 
 
-def decode_attention(
-    query, key_cache, value_cache, lengths, *, key_scale, value_scale, sliding_window, sinks,
-    logits_soft_cap, scale,
-):  # fmt: skip
-    """Returns `[B, T, N, Dv]`; softmax in float32. `lengths` counts cached tokens, the T new ones included."""
-    batch, num_new, num_heads, head_dim = query.shape
-    num_kv_heads, capacity = key_cache.shape[1:3]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def decode_attention(operands: algebra.Operands, options: algebra.Options):
+    """Returns `[B, T, N, Dv]`; softmax in float32."""
+    batch, num_new, num_heads, head_dim = operands.query.shape
+    num_kv_heads, capacity = operands.key_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    compute = algebra.compute_dtype(query.dtype)
-    grouped = query.reshape(batch, num_new, num_kv_heads, group, head_dim)
+    grouped = operands.query.reshape(batch, num_new, num_kv_heads, group, head_dim)
     rows = grouped.transpose(0, 2, 1, 3, 4).reshape(batch, num_kv_heads, num_new * group, head_dim)
-    seen = algebra.visible(lengths, num_new, capacity, sliding_window)
+    seen = algebra.visible(operands.lengths, num_new, capacity, options.sliding_window)
+    of_pair = functools.partial(_pair, operands, options, rows, seen)
 
-    def product(subscripts, left, right):
-        narrow = query.dtype == jnp.bfloat16 and (
-            right.dtype == jnp.bfloat16 or right.dtype.itemsize == 1
-        )
-        operand = jnp.dtype(jnp.bfloat16) if narrow else compute
-        return jnp.einsum(
-            subscripts, left.astype(operand), right.astype(operand),
-            precision="default" if narrow else "highest", preferred_element_type=compute,
-        )  # fmt: skip
+    def together(pairs):
+        out = jax.vmap(of_pair)(pairs)
+        again = functools.partial(jax.lax.map, functools.partial(of_pair, is_clean=False), pairs)
+        return jax.lax.cond(jnp.isfinite(out).all(), lambda: out, again)
 
-    def one(pair):
-        b, k = pair
-        logits = scale * product("qd,sd->qs", rows[b, k], key_cache[b, k])
-        if key_scale is not None:
-            logits = logits * key_scale[b, k].astype(compute)[None]
-        if logits_soft_cap is not None:
-            logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
-        visible = jnp.broadcast_to(seen[b][:, None], (num_new, group, capacity))
-        logits = jnp.where(visible.reshape(logits.shape), logits, -jnp.inf)
-        top = logits.max(axis=-1)
-        if sinks is not None:
-            sink = jnp.tile(sinks.reshape(num_kv_heads, group)[k].astype(compute), num_new)
-            top = jnp.maximum(top, sink)
-        top = jnp.where(jnp.isfinite(top), top, 0.0)
-        weights = jnp.exp(logits - top[:, None])
-        total = weights.sum(axis=-1)
-        if sinks is not None:
-            total = total + jnp.exp(sink - top)
-        if value_scale is not None:
-            weights = weights * value_scale[b, k].astype(compute)[None]
-        out = product("qs,sd->qd", weights, value_cache[b, k])
-        return (out / jnp.where(total == 0.0, 1.0, total)[:, None]).astype(query.dtype)
-
-    pairs = jnp.divmod(jnp.arange(batch * num_kv_heads), num_kv_heads)
-    together = tuning.pairs_at_once(batch * num_kv_heads)
-    if together == batch * num_kv_heads:
-        out = jax.vmap(one)(pairs)
+    count = batch * num_kv_heads
+    pairs = jnp.divmod(jnp.arange(count), num_kv_heads)
+    size = math.gcd(count, tuning.pairs_at_once(count))
+    if size == count:
+        out = together(pairs)
     else:
-        out = jax.lax.map(one, pairs, batch_size=None if together == 1 else together)
+        out = jax.lax.map(together, tuple(index.reshape(-1, size) for index in pairs))
     out = out.reshape(batch, num_kv_heads, num_new, group, -1)
     return out.transpose(0, 2, 1, 3, 4).reshape(batch, num_new, num_heads, -1)
+
+
+@decode_attention.defjvp
+def _derivative(options, primals, tangents):
+    exact = functools.partial(reference.decode_attention, options=options)
+    return decode_attention(*primals, options), jax.jvp(exact, primals, tangents)[1]
+
+
+def _pair(operands: algebra.Operands, options: algebra.Options, rows, seen, pair, is_clean=True):
+    """`[T * R, Dv]` of one row and kv head from its queries `rows[b, k]`; `is_clean`: no value is NaN or infinite."""
+    b, k = pair
+    num_new, capacity = seen.shape[1:]
+    compute = algebra.compute_dtype(rows.dtype)
+
+    def widened(cache):
+        narrow = rows.dtype == jnp.bfloat16 and (
+            cache.dtype == jnp.bfloat16 or cache.dtype.itemsize == 1
+        )
+        return cache[b, k].astype(jnp.bfloat16 if narrow else compute)
+
+    def product(subscripts, left, right):
+        return jnp.einsum(
+            subscripts, left.astype(right.dtype), right, preferred_element_type=compute,
+            precision="default" if right.dtype == jnp.bfloat16 else "highest",
+        )  # fmt: skip
+
+    value, value_scale = widened(operands.value_cache), operands.value_scale
+    if value_scale is not None:
+        value_scale = value_scale[b, k].astype(compute)
+    logits = options.scale * product("qd,sd->qs", rows[b, k], widened(operands.key_cache))
+    if operands.key_scale is not None:
+        logits = logits * operands.key_scale[b, k].astype(compute)[None]
+    if options.logits_soft_cap is not None:
+        logits = options.logits_soft_cap * jnp.tanh(logits / options.logits_soft_cap)
+    if not is_clean:  # who sees such a token is NaN by its logit
+        finite = jnp.isfinite(value).all(-1)
+        value = finite_part(value)
+        if value_scale is not None:
+            finite, value_scale = finite & jnp.isfinite(value_scale), finite_part(value_scale)
+        logits = jnp.where(finite[None], logits, jnp.nan)
+    visible = jnp.broadcast_to(seen[b][:, None], (num_new, rows.shape[2] // num_new, capacity))
+    logits = jnp.where(visible.reshape(logits.shape), logits, -jnp.inf)
+    top = logits.max(axis=-1)
+    if operands.sinks is not None:
+        sinks = operands.sinks.reshape(rows.shape[1], -1)[k].astype(compute)
+        sink = jnp.tile(sinks, num_new)
+        top = jnp.maximum(top, sink)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    weights = jnp.exp(logits - top[:, None])
+    total = weights.sum(axis=-1)
+    if operands.sinks is not None:
+        total = total + jnp.exp(sink - top)
+    if value_scale is not None:
+        weights = weights * value_scale[None]
+    out = product("qs,sd->qd", weights, value)
+    return (out / jnp.where(total == 0.0, 1.0, total)[:, None]).astype(rows.dtype)

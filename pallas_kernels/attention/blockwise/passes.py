@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels._inert import finite_part
 from pallas_kernels.attention import algebra
 from pallas_kernels.attention.blockwise.layout import (
     At,
@@ -40,7 +41,6 @@ from pallas_kernels.attention.blockwise.tile import (
     add_at,
     add_to_bias,
     drop,
-    finite_part,
     product,
     tile_logits,
 )

@@ -20,11 +20,6 @@ def product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=compute)
 
 
-def finite_part(array: jax.Array) -> jax.Array:
-    """`array` with zeros for what is not finite."""
-    return jnp.where(jnp.isfinite(array), array, jnp.asarray(0, array.dtype))
-
-
 def tile_logits(problem, options, size, at, query, key, masked):
     """Logits `[b, k, R, t, s]` of a tile (-inf where hidden), their row maxima, and the soft cap's slope or None."""
     raw = product("bktd,bksd->bkts", query, key)
