@@ -230,7 +230,7 @@ class CrossAttention(nnx.Module):
         out = checkpoint_name(out, "core_attention")
         out = out.reshape(*out.shape[:2], config.num_kv_heads, config.q_per_kv, config.head_dim)
         out = self.out(gated(out, gate, config) if config.output_gate else out)
-        sees = _sees_something(segment_ids, memory.segment_ids, mask)
+        sees = sees_something(segment_ids, memory.segment_ids, mask)
         return jnp.where(sees[..., None], out, jnp.zeros((), out.dtype))
 
     def _check_memory(self, memory: Array) -> None:
@@ -255,7 +255,7 @@ class CrossAttention(nnx.Module):
         return x
 
 
-def _sees_something(query_ids: Array, memory_ids: Array, mask: Array | None) -> Array:
+def sees_something(query_ids: Array, memory_ids: Array, mask: Array | None) -> Array:
     """`[B, T]` bool: tokens to which some head shows some part of the memory."""
     visible = (query_ids[:, :, None] == memory_ids[:, None, :]) & (query_ids >= 0)[:, :, None]
     if mask is not None:

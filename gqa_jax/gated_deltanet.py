@@ -187,7 +187,8 @@ class GatedDeltaNet(nnx.Module):
         Args:
           batch_size: B.
           max_length: not needed: the state has one size for any number of tokens.
-          dtype: of the convolution's inputs; None means the dtype of the computation. The state is float32.
+          dtype: of the convolution's inputs; None means the dtype of the computation. The state is float32,
+            float64 beside float64.
 
         Raises:
           ValueError: `batch_size` is not positive.
@@ -201,7 +202,7 @@ class GatedDeltaNet(nnx.Module):
             conv=jnp.zeros((batch_size, *self.conv.kernel.shape), dtype),
             state=jnp.zeros(
                 (batch_size, config.num_value_heads, config.key_head_dim, config.value_head_dim),
-                jnp.float32,
+                jnp.float64 if dtype == jnp.float64 else jnp.float32,
             ),
             length=jnp.zeros((batch_size,), jnp.int32),
         )

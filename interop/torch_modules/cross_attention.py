@@ -9,6 +9,8 @@ from flax import nnx
 from torch import Tensor
 
 import gqa_jax
+from gqa_jax.cross_attention import sees_something
+from interop.integers import as_int32
 from interop.operators import draw_seed, dropout_key
 from interop.torch_function import wrap
 from interop.torch_modules.jax_cache import JaxBacked
@@ -38,19 +40,16 @@ class CrossAttention(JaxBacked):
         """Builds the layer.
 
         Args:
-          config: `rope=None` and `is_causal=False`: two sequences share no positions.
+          config: as for `SelfAttention`, with is_causal=False, and mostly with rope=None.
           context_dim: width of the context; None means `config.model_dim`.
           device, dtype: of the parameters.
 
         Raises:
-          ValueError: a config with positions or causality.
+          ValueError: a causal config.
         """
         super().__init__()
-        if config.rope is not None or config.is_causal:
-            raise ValueError(
-                "`config` must have rope=None, is_causal=False for cross-attention, got "
-                f"rope={config.rope}, is_causal={config.is_causal}"
-            )
+        if config.is_causal:
+            raise ValueError("`config.is_causal` must be False for cross-attention, got True")
         self.config = config
         self.context_dim = config.model_dim if context_dim is None else context_dim
         add_parameters(self, config, self.context_dim, device=device, dtype=dtype)
@@ -67,6 +66,8 @@ class CrossAttention(JaxBacked):
         mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
         context_segment_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        context_positions: Tensor | None = None,
     ) -> Tensor:
         """Attends from x to the context; dropout at the configured rate in training mode.
 
@@ -75,12 +76,14 @@ class CrossAttention(JaxBacked):
           context: `[B, S, context_dim]`.
           mask: boolean `[B or 1, N or 1, T, S]`, True where a query (row) may attend.
           segment_ids, context_segment_ids: `[B, T]` and `[B, S]`; None means 0; negative ids are padding.
+          positions, context_positions: `[B, T]` and `[B, S]`, for the rotary embedding; None counts from 0.
 
         Returns:
-          `[B, T, M]`; what attends to nothing gets the output bias alone.
+          `[B, T, M]`; zeros, also with an output bias, where a token sees nothing.
 
         Raises:
-          ValueError: shapes that do not fit.
+          ValueError: shapes that do not fit, or an id or position that does not fit int32.
+          TypeError: ids or positions that are no integers.
         """
         widths = (self.config.model_dim, self.context_dim)
         for name, tensor, width in zip(("x", "context"), (x, context), widths, strict=True):
@@ -89,20 +92,26 @@ class CrossAttention(JaxBacked):
                     f"`{name}` must have width {width} and three axes, got {tuple(tensor.shape)}"
                 )
         rate = self.config.dropout_rate if self.training else 0.0
-        out = self._attend(
-            project(self, x, context), mask=mask, segment_ids=_int32(segment_ids),
-            context_segment_ids=_int32(context_segment_ids), dropout_seed=draw_seed(x, rate, None),
-        )  # fmt: skip
-        return self.o_proj(out)
-
-
-def _int32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(torch.int32)
+        given = dict(
+            segment_ids=segment_ids,
+            context_segment_ids=context_segment_ids,
+            positions=positions,
+            context_positions=context_positions,
+        )
+        integers = {name: as_int32(name, tensor) for name, tensor in given.items()}
+        out, sees = self._attend(
+            project(self, x, context), mask=mask, dropout_seed=draw_seed(x, rate, None), **integers
+        )
+        out = self.o_proj(out)
+        return out if sees is None else out.masked_fill(~sees[..., None], 0)
 
 
 @functools.cache
 def _attend(config: gqa_jax.AttentionConfig) -> Callable:
-    def attend(inputs, *, mask=None, segment_ids=None, context_segment_ids=None, dropout_seed=None):
+    def attend(
+        inputs, *, mask=None, segment_ids=None, context_segment_ids=None, positions=None, context_positions=None,
+        dropout_seed=None,
+    ):  # fmt: skip
         query, key, value = by_group(config, inputs)
         layer = nnx.eval_shape(lambda: gqa_jax.CrossAttention(config, rngs=nnx.Rngs(0)))
         layer.q = lambda x: query
@@ -110,10 +119,17 @@ def _attend(config: gqa_jax.AttentionConfig) -> Callable:
         layer.out = lambda heads: heads.reshape(*query.shape[:2], -1)
         give_weights(layer, config, inputs)
         unread = lambda x: jnp.zeros((*x.shape[:2], config.model_dim), x.dtype)
-        memory = layer.project_memory(unread(key), segment_ids=context_segment_ids)
-        return layer(
-            unread(query), memory, segment_ids=segment_ids, mask=mask, deterministic=dropout_seed is None,
-            dropout_key=dropout_key(dropout_seed),
+        memory = layer.project_memory(
+            unread(key), positions=context_positions, segment_ids=context_segment_ids
+        )
+        out = layer(
+            unread(query), memory, positions=positions, segment_ids=segment_ids, mask=mask,
+            deterministic=dropout_seed is None, dropout_key=dropout_key(dropout_seed),
         )  # fmt: skip
+        if mask is None and segment_ids is None and context_segment_ids is None:
+            return out, None
+        if segment_ids is None:
+            segment_ids = jnp.zeros(query.shape[:2], jnp.int32)
+        return out, sees_something(segment_ids, memory.segment_ids, mask)
 
     return wrap(attend, name="CrossAttention")

@@ -1,6 +1,7 @@
 """Gated DeltaNet with Hugging Face's parameters: projections in PyTorch, everything between them in JAX."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,12 +14,13 @@ from torch import Tensor
 import gqa_jax
 from gqa_jax import layout as layouts
 from interop.dlpack import dtype_to_jax
+from interop.integers import as_int32
 from interop.torch_function import wrap
 from interop.torch_modules.jax_cache import (
     CacheOwner,
     JaxBacked,
     JaxCache,
-    check_room,
+    check_step,
     new_cache,
     step_in_place,
 )
@@ -81,10 +83,8 @@ class GatedDeltaNet(JaxBacked):
             channels, channels, config.conv_width, groups=channels, bias=config.conv_bias,
             padding=config.conv_width - 1, **placed,
         )  # fmt: skip
-        fresh = gqa_jax.GatedDeltaNet(config, rngs=nnx.Rngs(int(torch.randint(2**31 - 1, ()))))
-        for name in ("A_log", "dt_bias"):
-            initial = torch.tensor(getattr(fresh, name)[...].tolist()).reshape(heads)
-            self.register_parameter(name, torch.nn.Parameter(initial.to(**placed)))
+        for name, initial in _initial_decay(config, device).items():
+            self.register_parameter(name, torch.nn.Parameter(initial.to(dtype or initial.dtype)))
         self.norm = Scale(config.value_head_dim, 0.0 if config.norm_zero_centred else 1.0, **placed)
         self.out_proj = torch.nn.Linear(values, config.model_dim, bias=False, **placed)
         self.bind()
@@ -105,10 +105,11 @@ class GatedDeltaNet(JaxBacked):
           `[B, T, M]`.
 
         Raises:
-          ValueError: shapes that do not fit.
+          ValueError: shapes that do not fit, or an id that does not fit int32.
+          TypeError: ids that are no integers.
         """
         self._check(x)
-        ids = None if segment_ids is None else segment_ids.to(torch.int32)
+        ids = as_int32("segment_ids", segment_ids)
         return self.out_proj(self._mix(self._project(x), segment_ids=ids))
 
     def init_cache(
@@ -125,15 +126,16 @@ class GatedDeltaNet(JaxBacked):
           ValueError: `batch_size` is not positive, or an unknown owner.
         """
         config = self.config
-        kept = dtype_to_jax(dtype or self.out_proj.weight.dtype)
+        dtype = dtype or self.out_proj.weight.dtype
+        kept = dtype_to_jax(dtype)
         layer = nnx.eval_shape(lambda: gqa_jax.GatedDeltaNet(config, rngs=nnx.Rngs(0)))
-        return new_cache(owner, lambda: layer.init_cache(batch_size, max_length, dtype=kept))
+        make = lambda: layer.init_cache(batch_size, max_length, dtype=kept)
+        return new_cache(owner, make, dtype)
 
     def step(self, x: Tensor, cache: Any, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
         """Advances each row by T >= 1 tokens; arguments and errors as for `SelfAttention.step`."""
         self._check(x)
-        check_room(cache, x.shape[1], lengths)
-        options = dict(lengths=None if lengths is None else lengths.to(torch.int32))
+        options = dict(lengths=check_step(x, cache, lengths))
         if isinstance(cache, JaxCache):
             out = step_in_place(self._step_jit, self._project(x), cache, **options)
         else:
@@ -158,6 +160,17 @@ class GatedDeltaNet(JaxBacked):
             "dt_bias": self.dt_bias,
             "norm": self.norm.weight,
         }
+
+
+def _initial_decay(config: gqa_jax.GatedDeltaNetConfig, device: Any) -> dict[str, Tensor]:
+    """`A_log` and `dt_bias` `[Hv]`, distributed as in the JAX layer, from PyTorch's generator."""
+    draw = lambda low, high: torch.empty(config.num_value_heads, device=device).uniform_(low, high)
+    low, high = config.A_init_range
+    decay = draw(low, high).clamp(min=low).log()
+    if config.decay_init == "ones":
+        return {"A_log": decay, "dt_bias": torch.ones_like(decay)}
+    step = draw(math.log(1e-3), math.log(1e-1)).exp()
+    return {"A_log": decay, "dt_bias": step + torch.log(-torch.expm1(-step))}
 
 
 def _by_key_head(

@@ -1,13 +1,18 @@
 """What torch layers share: functions bound to a config, and decoding state in PyTorch's or in JAX's hands."""
 
+import contextlib
+import types
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import torch
 from torch import Tensor
 
-from interop.dlpack import to_torch, tree_to_jax, tree_to_torch
+from gqa_jax.cache import check_step as check_arrays
+from interop.dlpack import dtype_to_jax, to_torch, tree_to_jax, tree_to_torch
+from interop.integers import as_int32, readable
 
 CacheOwner = Literal["torch", "jax"]
 
@@ -55,16 +60,17 @@ class JaxBacked(torch.nn.Module):
         self.bind()
 
 
-def new_cache(owner: CacheOwner, make: Callable[[], Any]) -> Any:
-    """What `make` returns (a pytree of JAX arrays), owned by `owner`.
+def new_cache(owner: CacheOwner, make: Callable[[], Any], dtype: torch.dtype | None) -> Any:
+    """What `make` returns (a pytree of JAX arrays), owned by `owner`; `dtype` is that of keys and values.
 
     Raises:
       ValueError: the owner is neither "torch" nor "jax".
     """
     if owner not in ("torch", "jax"):
         raise ValueError(f"`owner` must be 'torch' or 'jax', got {owner!r}")
-    arrays = jax.tree.map(lambda a: a.copy(), make())
-    return JaxCache(arrays) if owner == "jax" else tree_to_torch(arrays, copy=True)
+    with x64(dtype):
+        arrays = jax.tree.map(lambda a: a.copy(), make())
+        return JaxCache(arrays) if owner == "jax" else tree_to_torch(arrays, copy=True)
 
 
 @torch.compiler.disable(
@@ -81,32 +87,35 @@ def step_in_place(step: Callable, inputs: Any, cache: JaxCache, **options: Tenso
         raise RuntimeError(
             "a JaxCache is changed in place and has no gradients: use torch.no_grad(), or init_cache(owner='torch')"
         )
-    out, cache.arrays = step(tree_to_jax(inputs), cache.arrays, tree_to_jax(options, wide="cast"))
-    return to_torch(out)
+    wide = any(x.dtype == torch.float64 for x in jax.tree.leaves(inputs))
+    with x64(torch.float64 if wide else None):
+        arguments = tree_to_jax(inputs), cache.arrays, tree_to_jax(options, wide="cast")
+        out, cache.arrays = step(*arguments)
+        return to_torch(out)
 
 
-def check_room(cache: Any, num_new: int, lengths: Tensor | None) -> None:
-    """Raises `ValueError` where a row would overflow.
+def check_step(x: Tensor, cache: Any, lengths: Tensor | None) -> Tensor | None:
+    """`lengths` as int32, after `gqa_jax.cache.check_step` where values may be read.
 
-    On a GPU and under `torch.compile` such rows return NaN: looking would wait for the GPU, or break the graph.
+    On a GPU and under `torch.compile` rows that overflow, or whose length is not in [0, T], return NaN instead.
+
+    Raises:
+      ValueError, TypeError: as there.
     """
-    if torch.compiler.is_compiling():
-        return
+    lengths = as_int32("lengths", lengths)
     arrays = cache.arrays if isinstance(cache, JaxCache) else cache
-    capacity = getattr(arrays, "max_tokens", None)
-    if capacity is None:
-        return
-    length = arrays.length
-    on_cpu = (
-        length.device.type == "cpu" if isinstance(length, Tensor) else length.platform() == "cpu"
-    )
-    if not on_cpu or (lengths is not None and lengths.device.type != "cpu"):
-        return
-    longest = max(
-        int(held) + (num_new if lengths is None else int(lengths[row]))
-        for row, held in enumerate(length.tolist())
-    )
-    if longest > capacity:
-        raise ValueError(
-            f"`cache` must hold {longest} tokens after this step, got capacity {capacity}"
+    held = arrays.length
+    on_cpu = readable(*[t for t in (held, lengths) if isinstance(t, Tensor)])
+    if on_cpu and (isinstance(held, Tensor) or held.platform() == "cpu"):
+        seen = types.SimpleNamespace(
+            batch_size=arrays.batch_size, max_tokens=arrays.max_tokens, length=np.asarray(held)
         )
+        shape: Any = jax.ShapeDtypeStruct(tuple(x.shape), dtype_to_jax(x.dtype))
+        given: Any = None if lengths is None else lengths.numpy()
+        check_arrays(shape, seen, given)
+    return lengths
+
+
+def x64(dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """64-bit JAX for float64, 32-bit else."""
+    return jax.enable_x64(dtype == torch.float64)

@@ -15,13 +15,14 @@ from torch import Tensor
 
 import gqa_jax
 from interop.dlpack import dtype_to_jax
+from interop.integers import as_int32
 from interop.operators import draw_seed, dropout_key
 from interop.torch_function import wrap
 from interop.torch_modules.jax_cache import (
     CacheOwner,
     JaxBacked,
     JaxCache,
-    check_room,
+    check_step,
     new_cache,
     step_in_place,
 )
@@ -91,18 +92,21 @@ class SelfAttention(JaxBacked):
           mask: boolean `[B or 1, N or 1, T, T]`, True where a query (row) may attend.
 
         Returns:
-          `[B, T, M]`.
+          `[B, T, M]`; zeros on padding, also with an output bias.
 
         Raises:
-          ValueError: shapes that do not fit.
+          ValueError: shapes that do not fit, or an id or position that does not fit int32.
+          TypeError: ids or positions that are no integers.
         """
         self._check(x)
+        segment_ids = as_int32("segment_ids", segment_ids)
         rate = self.config.dropout_rate if self.training else 0.0
         out = self._attend(
-            project(self, x, x), positions=_int32(positions), segment_ids=_int32(segment_ids), mask=mask,
+            project(self, x, x), positions=as_int32("positions", positions), segment_ids=segment_ids, mask=mask,
             dropout_seed=draw_seed(x, rate, None),
         )  # fmt: skip
-        return self.o_proj(out)
+        out = self.o_proj(out)
+        return out if segment_ids is None else out.masked_fill((segment_ids < 0)[..., None], 0)
 
     def init_cache(
         self,
@@ -130,7 +134,7 @@ class SelfAttention(JaxBacked):
         kept = None if dtype is None else dtype_to_jax(dtype)
         layer = _abstract(self.config)
         make = lambda: layer.init_cache(batch_size, max_length, dtype=kept, **policy)
-        return new_cache(owner, make)
+        return new_cache(owner, make, dtype)
 
     def step(
         self,
@@ -152,13 +156,14 @@ class SelfAttention(JaxBacked):
           `[B, T, M]` (rows beyond `lengths` hold no meaning) and the advanced cache.
 
         Raises:
-          ValueError: shapes that do not fit, or a cache too short (on a GPU and under `torch.compile` such rows return
-            NaN instead).
+          ValueError: shapes that do not fit, lengths outside [0, T], or a cache too short (on a GPU and under
+            `torch.compile` such rows return NaN instead).
+          TypeError: lengths or positions that are no integers.
           RuntimeError: a `JaxCache` while gradients are recorded.
         """
         self._check(x)
-        check_room(cache, x.shape[1], lengths)
-        options = dict(lengths=_int32(lengths), positions=_int32(positions))
+        lengths = check_step(x, cache, lengths)
+        options = dict(lengths=lengths, positions=as_int32("positions", positions))
         if isinstance(cache, JaxCache):
             out = step_in_place(self._step_jit, project(self, x, x), cache, **options)
         else:
@@ -228,10 +233,6 @@ def give_weights(layer: Any, config: gqa_jax.AttentionConfig, inputs: dict) -> N
     if inputs["sinks"] is not None:
         shape = (config.num_kv_heads, config.q_per_kv)
         layer.sinks = nnx.Param(inputs["sinks"].reshape(shape))
-
-
-def _int32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(torch.int32)
 
 
 def _abstract(config: gqa_jax.AttentionConfig) -> gqa_jax.SelfAttention:

@@ -343,7 +343,7 @@ def test_cross_attention_is_torchs():
     assert_close(padded, layer(x, context[:, :4]), atol=1e-5)
     with pytest.raises(ValueError, match="`context` must have width 24"):
         layer(x, x)
-    with pytest.raises(ValueError, match="`config` must have rope=None, is_causal=False"):
+    with pytest.raises(ValueError, match="`config.is_causal` must be False for cross-attention"):
         interop.CrossAttention(gqa_jax.AttentionConfig(**ATTENTION))
 
 
