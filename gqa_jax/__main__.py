@@ -12,6 +12,7 @@ from gqa_jax import checkpoint, demo
 from gqa_jax.byte_text import VOCAB_SIZE, as_text
 from gqa_jax.generate import stream
 from gqa_jax.planner import command as plan_command
+from gqa_jax.sampling import as_int
 from pallas_kernels import explain
 
 PACKAGES = (
@@ -116,7 +117,7 @@ def run_generate(options: argparse.Namespace) -> int:
         top_k=options.top_k,
         top_p=options.top_p,
         stop_tokens=stop_tokens,
-        key=jax.random.key(options.seed),
+        key=jax.random.key(as_int("--seed", options.seed, "an integer of 32 bits")),
     )
     ids = (int(step.tokens[0]) for step in steps)
     if options.prompt is not None:
@@ -132,9 +133,9 @@ def run_generate(options: argparse.Namespace) -> int:
 
 def _token_ids(option: str, text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [as_int(option, int(part), "") for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{option} must be integers joined by commas, got {text!r}") from None
+        raise ValueError(f"{option} must be token ids joined by commas, got {text!r}") from None
 
 
 def run_info(options: argparse.Namespace) -> int:
@@ -195,7 +196,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
         reason = " ".join(str(error).split())
         reason = reason if len(reason) <= 1000 else reason[:997] + "..."
         print(f"python -m gqa_jax {options.command}: error: {reason}", file=sys.stderr)

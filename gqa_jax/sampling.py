@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import operator
 from typing import Any
 
@@ -48,8 +47,11 @@ def make_sampling(
     temperature = as_float("temperature", temperature)
     if not temperature >= 0.0:
         raise ValueError(f"`temperature` must be at least 0, got {temperature}")
-    if temperature == math.inf:
-        raise ValueError("`temperature` must be finite, got inf")
+    limits = jnp.finfo(jnp.float32)
+    if temperature and not limits.tiny <= temperature <= limits.max:
+        raise ValueError(
+            f"`temperature` must be 0 or in [{limits.tiny:.3g}, {limits.max:.3g}], got {temperature}"
+        )
     if top_k is not None:
         top_k = as_int("top_k", top_k, "None or a positive int", minimum=1)
     if top_p is not None and not 0.0 < as_float("top_p", top_p) <= 1.0:
@@ -125,7 +127,9 @@ def sample(
         raise ValueError(
             f"`top_k` must be at most the vocabulary's size {vocab_size}, got {sampling.top_k}"
         )
-    scaled = logits.astype(jnp.float32) / sampling.temperature
+    scaled = logits.astype(jnp.float32)
+    # From the maximum, so that no temperature makes two infinities of two logits.
+    scaled = (scaled - scaled.max(axis=-1, keepdims=True)) / sampling.temperature
     if sampling.top_k is None and sampling.top_p is None:
         return jax.random.categorical(key, scaled).astype(jnp.int32)
     ranked, ids = jax.lax.top_k(scaled, sampling.top_k or vocab_size)

@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, help=f"{', '.join(PRESETS)}, or a config.json or its folder"
     )
+    parser.add_argument(
+        "--ignore", metavar="a,b", help="fields of config.json to read as if they were absent"
+    )
     parser.add_argument("--mesh", required=True, metavar="dp=8,cp=8,tp=8", help=roles)
     parser.add_argument("--target", default="h200", choices=aot.targets())
     parser.add_argument("--seq", type=int, required=True, metavar="T", help="tokens per row")
@@ -82,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"python -m gqa_jax plan: {reason}", file=sys.stderr)
         return 1
     try:
-        made = plan(_config(options.config, options.layers), **_arguments(options))
+        made = plan(_config(options), **_arguments(options))
     except (ValueError, NotImplementedError) as error:
         print(f"python -m gqa_jax plan: error: {error}", file=sys.stderr)
         return 2
@@ -97,8 +100,10 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _config(name: str, layers: int | None) -> DecoderConfig:
-    config = DecoderConfig.from_hf(PRESETS.get(name, name))
+def _config(options: argparse.Namespace) -> DecoderConfig:
+    ignore = options.ignore.split(",") if options.ignore else ()
+    source = PRESETS.get(options.config, options.config)
+    config, layers = DecoderConfig.from_hf(source, ignore=ignore), options.layers
     if layers is None:
         return config
     if not 1 <= layers <= len(config.layers):

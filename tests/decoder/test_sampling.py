@@ -92,3 +92,14 @@ def test_draws_need_a_key_and_enough_tokens():
         sample(logits, sampling=make_sampling(1.0))
     with pytest.raises(ValueError, match="`top_k` must be at most the vocabulary's size 3, got 4"):
         sample(logits, sampling=make_sampling(1.0, top_k=4), key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("temperature", [1.2e-38, 1e-30, 1e-6])
+def test_the_coldest_temperatures_are_greedy(temperature):
+    """Logits over a tiny temperature are infinite: the most likely one must still win."""
+    logits = jnp.asarray([[5.0, 30.0, 29.0, -4.0], [900.0, -1.0, 899.5, 2.0]])
+    for options in ({}, {"top_k": 3}, {"top_p": 0.9}):
+        sampling = make_sampling(temperature, **options)
+        for seed in range(5):
+            drawn = sample(logits, sampling=sampling, key=jax.random.key(seed))
+            assert drawn.tolist() == [1, 0]

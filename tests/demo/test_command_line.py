@@ -45,6 +45,8 @@ def test_generate_reads_the_demo_checkpoint(demo, capfd):
     assert capfd.readouterr().out.startswith("def ")
     assert main([*arguments, "--tokens", "100,101,102,32"]) == 0
     assert len(capfd.readouterr().out.split()) == 5
+    assert main([*arguments, "--tokens", "1", "--seed", str(2**70)]) == 2
+    assert "`--seed` must be an integer of 32 bits" in capfd.readouterr().err
     assert main([*arguments, "--tokens", "1", "--top-k", "3"]) == 2
     assert "`top_k` must be None when `temperature=0`" in capfd.readouterr().err
     saved = json.loads((demo[0] / "checkpoint/config.json").read_text())
@@ -76,7 +78,7 @@ def test_info_explains_every_operator(capfd):
         (
             ["generate", "--checkpoint", "x", "--tokens", "1,b"],
             2,
-            "--tokens must be integers joined by commas, got '1,b'",
+            "--tokens must be token ids joined by commas, got '1,b'",
         ),
         (
             [
