@@ -17,7 +17,7 @@ from gqa_jax.norms import L2Norm, RMSNorm
 from gqa_jax.projection import Projection
 from gqa_jax.rotary import apply_rotary, rotary_tables
 from gqa_jax.sharding import MeshAxes
-from pallas_kernels import gqa_attention, gqa_attention_qkv
+from pallas_kernels import as_int32, gqa_attention, gqa_attention_qkv
 
 
 def head_norm(config: AttentionConfig, param_dtype) -> nnx.Module | None:
@@ -164,6 +164,8 @@ class SelfAttention(nnx.Module):
         config = self.config
         if x.ndim != 3 or x.shape[-1] != config.model_dim:
             raise ValueError(f"`x` must have shape [B, T, M={config.model_dim}], got {x.shape}")
+        positions = as_int32("positions", positions)
+        segment_ids = as_int32("segment_ids", segment_ids)
         dropout_rate = 0.0 if deterministic else config.dropout_rate
         if dropout_rate > 0.0 and dropout_key is None:
             raise ValueError(
@@ -289,7 +291,8 @@ class SelfAttention(nnx.Module):
           ValueError: shapes that do not fit, or a cache too short. Inside `jit`, where lengths cannot be read,
             rows that overflow return NaN instead.
         """
-        check_step(x, cache, lengths)
+        lengths = check_step(x, cache, lengths)
+        positions = as_int32("positions", positions)
         if self.axes is not None:
             return tensor_parallel.step(self, x, cache, lengths=lengths, positions=positions)
         batch, num_new = x.shape[:2]

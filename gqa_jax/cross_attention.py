@@ -15,7 +15,7 @@ from gqa_jax.config import AttentionConfig
 from gqa_jax.projection import Projection
 from gqa_jax.rotary import apply_rotary, rotary_tables
 from gqa_jax.sharding import MeshAxes
-from pallas_kernels import gqa_attention
+from pallas_kernels import as_int32, gqa_attention
 
 
 @jax.tree_util.register_dataclass
@@ -126,6 +126,8 @@ class CrossAttention(nnx.Module):
         """
         self._check_memory(memory)
         shape = memory.shape[:2]
+        positions = as_int32("positions", positions)
+        segment_ids = as_int32("segment_ids", segment_ids)
         if segment_ids is None:
             segment_ids = jnp.zeros(shape, jnp.int32)
         if segment_ids.shape != shape:
@@ -186,6 +188,8 @@ class CrossAttention(nnx.Module):
             raise ValueError(
                 f"`dropout_key` must be given when deterministic=False and dropout_rate={dropout_rate}"
             )
+        positions = as_int32("positions", positions)
+        segment_ids = as_int32("segment_ids", segment_ids)
         if segment_ids is None:
             segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
         if self.axes is not None:

@@ -12,7 +12,7 @@ from gqa_jax.attention import SelfAttention
 from gqa_jax.cache import AttentionCache, GatedDeltaNetState, Policy
 from gqa_jax.config import DecoderConfig
 from gqa_jax.context_parallel import ContextParallel
-from gqa_jax.decoder_checks import check_cache, check_marks, check_token_range, check_token_shape
+from gqa_jax.decoder_checks import check_cache, check_token_range, checked_marks, checked_tokens
 from gqa_jax.decoder_checks import pattern_length as pattern_length
 from gqa_jax.decoder_layer import DecoderLayer, Embedding
 from gqa_jax.gated_deltanet import GatedDeltaNet
@@ -251,13 +251,12 @@ class Decoder(nnx.Module):
         """
         if padding_side not in ("right", "left"):
             raise ValueError(f"`padding_side` must be 'right' or 'left', got {padding_side!r}")
-        check_token_shape(tokens)
-        check_cache(cache, len(self.layers), tokens, lengths)
+        tokens = checked_tokens(tokens)
+        lengths = check_cache(cache, len(self.layers), tokens, lengths)
         batch, num_new = tokens.shape
         index = jnp.arange(num_new, dtype=jnp.int32)[None, :]
         real = None
         if lengths is not None:
-            lengths = lengths.astype(jnp.int32)
             if padding_side == "left":
                 tokens = _roll(tokens, index - lengths[:, None])
             real = index < lengths[:, None]
@@ -299,8 +298,8 @@ class Decoder(nnx.Module):
         self, tokens, positions, segment_ids, deterministic, dropout_key
     ) -> tuple[Array, RouterStatistics | None]:
         """Output of the last layer, before the final norm, and the router's statistics."""
-        check_token_shape(tokens)
-        check_marks(tokens, positions, segment_ids)
+        tokens = checked_tokens(tokens)
+        positions, segment_ids = checked_marks(tokens, positions, segment_ids)
         real = None if segment_ids is None else segment_ids >= 0
         if segment_ids is not None and positions is None:
             tensor_parallel.check_positions(self.context_parallel)

@@ -2,26 +2,27 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
+from gqa_jax.cache.checks import check_room, checked_lengths
 from gqa_jax.config import DecoderConfig
+from pallas_kernels import as_int32
 
 
-def check_token_shape(tokens: Any) -> None:
-    """Raises unless `tokens` is an integer array `[B, T]` with T >= 1."""
-    if not hasattr(tokens, "dtype"):
-        raise TypeError(f"`tokens` must be an array, got {type(tokens).__name__}")
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise TypeError(f"`tokens` must be an integer array, got {tokens.dtype}")
+def checked_tokens(tokens: Any) -> Any:
+    """`tokens` as int32; raises unless it is an integer array `[B, T]` with T >= 1."""
+    tokens = as_int32("tokens", tokens)
     if tokens.ndim != 2 or tokens.shape[1] < 1:
         raise ValueError(f"`tokens` must have shape [B, T] with T >= 1, got {tokens.shape}")
+    return tokens
 
 
-def check_marks(tokens: Array, positions: Array | None, segment_ids: Array | None) -> None:
-    """Raises unless positions and segment ids have the shapes that go with `tokens`."""
+def checked_marks(tokens: Array, positions: Any, segment_ids: Any) -> tuple[Any, Any]:
+    """Positions and segment ids (or None) as int32; raises unless they have the shapes that go with `tokens`."""
+    positions = as_int32("positions", positions)
+    segment_ids = as_int32("segment_ids", segment_ids)
     if segment_ids is not None and segment_ids.shape != tokens.shape:
         raise ValueError(
             f"`segment_ids` must have the shape of `tokens`, {tokens.shape}, got {segment_ids.shape}"
@@ -30,6 +31,7 @@ def check_marks(tokens: Array, positions: Array | None, segment_ids: Array | Non
         raise ValueError(
             f"`positions` must have shape {tokens.shape} or {(3, *tokens.shape)}, got {positions.shape}"
         )
+    return positions, segment_ids
 
 
 def check_token_range(tokens: Array, vocab_size: int, real: Array | None) -> None:
@@ -48,40 +50,19 @@ def check_token_range(tokens: Array, vocab_size: int, real: Array | None) -> Non
         )
 
 
-def check_cache(cache: tuple, num_entries: int, tokens: Array, lengths: Array | None) -> None:
-    """Raises unless `tokens` and `lengths` fit the cache; entries may be stacked over a leading axis."""
+def check_cache(cache: tuple, num_entries: int, tokens: Array, lengths: Any) -> Any:
+    """`lengths` as int32, or None; raises unless `tokens` and `lengths` fit the cache, whose entries may be stacked."""
     if len(cache) != num_entries:
         raise ValueError(
             f"`cache` must have {num_entries} entries, as `init_cache` made, got {len(cache)}"
         )
     batch, num_new = tokens.shape
-    if lengths is not None:
-        if not hasattr(lengths, "dtype"):
-            raise TypeError(f"`lengths` must be an array, got {type(lengths).__name__}")
-        if lengths.shape != (batch,):
-            raise ValueError(f"`lengths` must have shape [B={batch}], got {lengths.shape}")
-        if not jnp.issubdtype(lengths.dtype, jnp.integer):
-            raise TypeError(f"`lengths` must be an integer array, got {lengths.dtype}")
-        if not isinstance(lengths, Tracer):
-            counts = np.asarray(lengths)
-            if ((counts < 0) | (counts > num_new)).any():
-                raise ValueError(f"`lengths` must lie in [0, T={num_new}], got {counts.tolist()}")
-    added = None
-    if not isinstance(lengths, Tracer):
-        added = np.asarray(num_new if lengths is None else lengths)
+    lengths = checked_lengths(lengths, batch, num_new)
     for entry in cache:
         if entry.batch_size != batch:
             raise ValueError(f"`tokens` must have the cache's {entry.batch_size} rows, got {batch}")
-        limit = entry.max_tokens
-        if limit is None:
-            continue
-        needed = num_new
-        if added is not None and not isinstance(entry.length, Tracer):
-            needed = max(needed, int((np.asarray(entry.length) + added).max()))
-        if needed > limit:
-            raise ValueError(
-                f"`cache` must hold {needed} tokens after this step, got capacity {limit}"
-            )
+        check_room(entry, lengths, num_new)
+    return lengths
 
 
 def pattern_length(config: DecoderConfig) -> int:

@@ -16,6 +16,7 @@ from gqa_jax.mlp import MLP
 from gqa_jax.moe import MoE, RouterStatistics
 from gqa_jax.norms import RMSNorm
 from gqa_jax.sharding import MeshAxes
+from pallas_kernels import as_int32
 
 
 class Embedding(nnx.Module):
@@ -42,6 +43,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
         """Rows of the table; NaN for ids outside it (where they cannot be refused, inside `jit`)."""
+        tokens = as_int32("tokens", tokens)
         if self.axes is not None:
             return tensor_parallel.embed(self, tokens)
         table = self.embedding[...]

@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from gqa_jax import tensor_parallel
 from gqa_jax.cache import GatedDeltaNetState, check_step
+from gqa_jax.cache.checks import check_size
+from gqa_jax.cache.lengths import advance, settle
 from gqa_jax.config import GatedDeltaNetConfig
 from gqa_jax.context_parallel import (
     ContextParallel,
@@ -23,6 +25,7 @@ from gqa_jax.projection import Projection
 from gqa_jax.sharding import MeshAxes
 from pallas_kernels import (
     QKVConvOutput,
+    as_int32,
     causal_conv1d_qkv,
     explain,
     gated_delta_rule,
@@ -168,6 +171,8 @@ class GatedDeltaNet(nnx.Module):
           ValueError: shapes that do not fit.
         """
         self._check_width(x)
+        positions = as_int32("positions", positions)
+        segment_ids = as_int32("segment_ids", segment_ids)
         if self.axes is not None:
             return tensor_parallel.gated_deltanet(
                 self, x, positions=positions, segment_ids=segment_ids
@@ -194,6 +199,7 @@ class GatedDeltaNet(nnx.Module):
           ValueError: `batch_size` is not positive.
         """
         del max_length
+        check_size("batch_size", batch_size)
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be positive, got {batch_size}")
         config = self.config
@@ -227,22 +233,22 @@ class GatedDeltaNet(nnx.Module):
         Raises:
           ValueError: shapes that do not fit.
         """
-        check_step(x, cache, lengths)
+        lengths = check_step(x, cache, lengths)
         self._check_width(x)
         if self.axes is not None:
             return tensor_parallel.step(self, x, cache, lengths=lengths)
         batch, num_new = x.shape[:2]
-        if num_new <= MAX_DECODE_TOKENS and self.context_parallel is None:
-            out, conv, state = self._decode(x, cache, lengths)
-        else:
-            segment_ids = None
-            if lengths is not None:
-                segment_ids = right_padding_segment_ids(lengths, num_new)
-            out, conv, state = self._run(x, cache.conv, cache.state, segment_ids)
+        padded = lengths is not None
         if lengths is None:
             lengths = jnp.full((batch,), num_new, jnp.int32)
-        length = (cache.length + lengths).astype(jnp.int32)
-        return out, GatedDeltaNetState(conv.astype(cache.conv.dtype), state, length)
+        lengths, length = advance(cache.length, lengths, num_new)
+        if num_new <= MAX_DECODE_TOKENS and self.context_parallel is None:
+            out, conv, state = self._decode(x, cache, lengths if padded else None)
+        else:
+            segment_ids = right_padding_segment_ids(lengths, num_new) if padded else None
+            out, conv, state = self._run(x, cache.conv, cache.state, segment_ids)
+        cache = GatedDeltaNetState(conv.astype(cache.conv.dtype), state, length)
+        return settle(out, lengths, cache.overflowed()), cache
 
     def _check_width(self, x: Array) -> None:
         if x.ndim != 3 or x.shape[-1] != self.config.model_dim:

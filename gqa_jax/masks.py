@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels import as_int32
+
 PADDING = -1
 
 
@@ -17,12 +19,14 @@ def padding_segment_ids(real: Bool[Array, "B T"] | Int[Array, "B T"]) -> Int[Arr
 
 def right_padding_segment_ids(lengths: Int[Array, "B"], max_length: int) -> Int[Array, "B T"]:
     """Segment ids of rows whose first `lengths[b]` of `max_length` tokens are real."""
+    lengths = as_int32("lengths", lengths)
     index = jnp.arange(max_length, dtype=jnp.int32)
     return jnp.where(index[None, :] < lengths[:, None], 0, PADDING).astype(jnp.int32)
 
 
 def positions_in_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Index of each token within its run of equal segment ids."""
+    segment_ids = as_int32("segment_ids", segment_ids)
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None, :]
     starts = jnp.concatenate(
         [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
@@ -42,7 +46,7 @@ def document_segment_ids(document_lengths: Int[Array, "B J"], max_length: int) -
       >>> document_segment_ids(jnp.asarray([[2, 3, 0]]), 6)
       Array([[ 0,  0,  1,  1,  1, -1]], dtype=int32)
     """
-    ends = jnp.cumsum(document_lengths.astype(jnp.int32), axis=1)
+    ends = jnp.cumsum(as_int32("document_lengths", document_lengths), axis=1)
     index = jnp.arange(max_length, dtype=jnp.int32)
     before = (index[None, :, None] >= ends[:, None, :]).sum(axis=-1, dtype=jnp.int32)
     return jnp.where(index[None, :] < ends[:, -1:], before, PADDING)
@@ -55,6 +59,7 @@ def cu_seqlens_segment_ids(cu_seqlens: Int[Array, "J"], total: int) -> Int[Array
       >>> cu_seqlens_segment_ids(jnp.asarray([0, 2, 5]), 6)
       Array([[ 0,  0,  1,  1,  1, -1]], dtype=int32)
     """
+    cu_seqlens = as_int32("cu_seqlens", cu_seqlens)
     return document_segment_ids((cu_seqlens[1:] - cu_seqlens[:-1])[None], total)
 
 
@@ -96,6 +101,10 @@ def attention_mask(
              [1, 1, 0],
              [0, 1, 1]], dtype=int32)
     """
+    query_segment_ids = as_int32("query_segment_ids", query_segment_ids)
+    kv_segment_ids = as_int32("kv_segment_ids", kv_segment_ids)
+    query_positions = as_int32("query_positions", query_positions)
+    kv_positions = as_int32("kv_positions", kv_positions)
     kv_len = query_len if kv_len is None else kv_len
     if sliding_window is not None and (sliding_window < 1 or not is_causal):
         raise ValueError(

@@ -22,12 +22,13 @@ _INERT = (
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_config",
     "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
-    "velora_config",
 )  # fmt: skip
 _REQUIRED = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "lora_bias": False}
 # Initialisations that leave the base model's weights as they were.
 _INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-_WAY_OUT = "merge the adapter into its model with PEFT's merge_and_unload and load that model"
+_WAY_OUT = (
+    "merge the adapter into its model with PEFT's merge_and_unload, if it can, and load that model"
+)
 _CONVERT = (
     "it changes the base model's weights too; save the adapter with PEFT's "
     "save_pretrained(path_initial_model_for_weight_conversion=...), or " + _WAY_OUT

@@ -26,6 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from gqa_jax.sharding import cast_like
+from pallas_kernels import as_int32
 
 KEY_BLOCK = (
     512  # keys per step of the scan in `max_logits`: bounds its memory at T * 512 logits per head
@@ -107,6 +108,12 @@ def max_logits(
       `[K, R]` float32, without gradient; -inf for a head that sees nothing.
     """
     query, key = jax.lax.stop_gradient((query, key))
+    positions, kv_positions = (
+        as_int32("positions", positions),
+        as_int32("kv_positions", kv_positions),
+    )
+    segment_ids = as_int32("segment_ids", segment_ids)
+    kv_segment_ids = as_int32("kv_segment_ids", kv_segment_ids)
     batch, length, num_heads, head_dim = query.shape
     groups = key.shape[2]
     factor = head_dim**-0.5 if scale is None else scale

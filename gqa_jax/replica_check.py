@@ -84,7 +84,7 @@ def _hashes(mesh: Mesh, arrays: dict[str, Array]) -> dict[str, np.ndarray]:
 
     def local(pieces: dict[str, Array]) -> dict[str, Array]:
         return {
-            name: jax.lax.all_gather(_hash(piece), axes, tiled=False).reshape(-1, 2)
+            name: jax.lax.all_gather(hash_bits(piece), axes, tiled=False).reshape(-1, 2)
             for name, piece in pieces.items()
         }
 
@@ -95,15 +95,27 @@ def _hashes(mesh: Mesh, arrays: dict[str, Array]) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in jax.jit(everywhere)(arrays).items()}
 
 
-def _hash(x: Array) -> Array:
-    """`[2]` uint32 from every bit of x. Odd factors: a change of one word always changes both sums."""
+def hash_bits(x: Array) -> Array:
+    """`[2]` uint32 from every bit of an array, the same however it is split over devices.
+
+    Each word of up to 32 bits is multiplied by an odd weight made of its place in the whole array, so that a change of
+    one word always changes both sums, and the products are added modulo 2^32, in whatever order they come.
+    """
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     elif jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag])
-    words = jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize]).reshape(-1)
-    words = words.astype(jnp.uint32)
-    index = jax.lax.iota(jnp.uint32, words.size)
+    if jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.itemsize < 4:  # also those of 2 and 4 bits
+        words = x.astype(jnp.int32).astype(jnp.uint32)
+    else:
+        words = jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize]).astype(jnp.uint32)
+    index, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):
+        place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        index += place * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
     lanes = []
     for factor in (2654435761, 2246822519):
         weight = index * jnp.uint32(factor) + jnp.uint32(factor >> 7)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gqa_jax.config import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+from pallas_kernels import as_int32
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
@@ -78,6 +79,7 @@ def rotary_tables(
       ValueError: positions of the wrong rank.
     """
     frequencies, concentration = inverse_frequencies(config, head_dim)
+    positions = as_int32("positions", positions)
     if positions.ndim == 3 and config.mrope_sections is None:
         raise ValueError(
             f"`positions` must have shape [B, T] without `mrope_sections`, got {positions.shape}"

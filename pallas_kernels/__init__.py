@@ -5,6 +5,7 @@ heads, `K` key/value heads, `R = N // K`, `D` head dim, `Dv` head dim of values;
 key / value heads with dims `Dk` / `Dv`; `W` convolution width, `F` features.
 """
 
+from pallas_kernels._checks import as_int32 as as_int32
 from pallas_kernels._dispatch import Explanation as Explanation
 from pallas_kernels.attention.api import AttentionOutput as AttentionOutput
 from pallas_kernels.attention.api import gqa_attention as gqa_attention

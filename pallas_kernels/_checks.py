@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def check_array(name: str, array: Any, letters: str, sizes: dict[str, int]) -> None:
@@ -43,6 +45,42 @@ def check_integer(name: str, array: Any) -> None:
     """Raises `TypeError` unless `array` is an integer array."""
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"`{name}` must be an integer array, got {array.dtype}")
+
+
+def as_int32(name: str, array: Any) -> Any:
+    """`array` as int32, whatever integer dtype it comes in; the one door of all lengths, positions, ids and places.
+
+    A calculation in the dtype of the caller would wrap round: 120 + 16 in int8, 3 - 5 in uint32. NumPy arrays stay
+    NumPy arrays, whose values can be read inside `jit` too. There a traced value that does not fit becomes the nearest
+    one that does, which lies outside every array: the rule for a value out of range then applies to it (segment ids
+    beyond int32 count as one).
+
+    Args:
+      name: the argument's name, for the message.
+      array: any integer array; None passes.
+
+    Raises:
+      TypeError: not an array, or not integers (bool is none).
+      ValueError: a value that does not fit int32, where it can be read.
+    """
+    if array is None:
+        return None
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise TypeError(f"`{name}` must be an array, got {type(array).__name__}")
+    check_integer(name, array)
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return array.update(dtype=jnp.int32)
+    low, high = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
+    least, most = jnp.iinfo(array.dtype).min, jnp.iinfo(array.dtype).max
+    if least < low or most > high:
+        if isinstance(array, Tracer) or not getattr(array, "is_fully_addressable", True):
+            array = jnp.clip(array, max(least, low), min(most, high))
+        else:
+            values = np.asarray(array)
+            outside = values[(values < low) | (values > high)]
+            if outside.size:
+                raise ValueError(f"`{name}` must fit int32, got {outside[0]}")
+    return array.astype(np.int32)
 
 
 def check_same_dtype(names: Sequence[str], arrays: Sequence[Any]) -> None:

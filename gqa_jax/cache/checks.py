@@ -1,45 +1,78 @@
 """What a step may be given."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
+from pallas_kernels import as_int32
 
-def check_step(x: Array, cache, lengths: Array | None) -> None:
-    """Raises for a step that cannot be right, before anything is computed.
+LOST = (
+    2**30
+)  # the length of a lost row: more than any capacity, and further steps do not make it wrap round
+
+
+def check_step(x: Any, cache: Any, lengths: Any) -> Any:
+    """`lengths` as int32, or None; raises for a step that cannot be right, before anything is computed.
 
     Raises:
       ValueError: the batch is not the cache's, `lengths` has the wrong shape or range, or (where the cache's
         lengths can be read) a row would overflow.
-      TypeError: `lengths` is not integer.
+      TypeError: `x` is no array of floats, `lengths` no array of integers.
     """
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"`x` must be an array, got {type(x).__name__}")
     if x.ndim != 3 or x.shape[1] < 1:
         raise ValueError(f"`x` must have shape [B, T, M] with T >= 1, got {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`x` must be floating point, got {x.dtype}")
     if x.shape[0] != cache.batch_size:
         raise ValueError(
             f"`x` must have the cache's batch size {cache.batch_size}, got {x.shape[0]} rows"
         )
-    num_new = x.shape[1]
-    if lengths is not None:
-        if lengths.shape != (x.shape[0],):
-            raise ValueError(f"`lengths` must have shape [B={x.shape[0]}], got {lengths.shape}")
-        if not jnp.issubdtype(lengths.dtype, jnp.integer):
-            raise TypeError(f"`lengths` must be an integer array, got {lengths.dtype}")
-        known = _read(lengths)
-        if known is not None and ((known < 0) | (known > num_new)).any():
-            raise ValueError(f"`lengths` must lie in [0, T={num_new}], got {known.tolist()}")
+    lengths = checked_lengths(lengths, *x.shape[:2])
+    if cache.max_tokens is not None and x.shape[1] > cache.max_tokens:
+        raise ValueError(
+            f"`cache` must hold at least T={x.shape[1]} tokens, got capacity {cache.max_tokens}"
+        )
+    check_room(cache, lengths, x.shape[1])
+    return lengths
+
+
+def checked_lengths(lengths: Any, batch: int, num_new: int) -> Any:
+    """`lengths` as int32 (None stays), after what can be known now about its shape and range."""
+    lengths = as_int32("lengths", lengths)
+    if lengths is None:
+        return None
+    if lengths.shape != (batch,):
+        raise ValueError(f"`lengths` must have shape [B={batch}], got {lengths.shape}")
+    known = _read(lengths)
+    if known is not None and ((known < 0) | (known > num_new)).any():
+        raise ValueError(f"`lengths` must lie in [0, T={num_new}], got {known.tolist()}")
+    return lengths
+
+
+def check_room(cache: Any, lengths: Any, num_new: int) -> None:
+    """Raises where the step could not fit, or, as far as lengths can be read, does not."""
     limit = cache.max_tokens
     if limit is None:
         return
-    if num_new > limit:
-        raise ValueError(f"`cache` must hold at least T={num_new} tokens, got capacity {limit}")
-    held = _read(cache.length)
+    held, needed = _read(cache.length), num_new
     added = np.asarray(num_new) if lengths is None else _read(lengths)
-    if held is not None and added is not None and (held + added).max() > limit:
-        raise ValueError(
-            f"`cache` must hold {(held + added).max()} tokens after this step, got capacity {limit}"
-        )
+    if held is not None and added is not None:
+        needed = max(needed, int((held + added).max()))
+    if needed > limit:
+        raise ValueError(f"`cache` must hold {needed} tokens after this step, got capacity {limit}")
+
+
+def check_size(name: str, size: Any) -> None:
+    """Raises unless `size` is an integer, and less than the length of lost rows."""
+    if isinstance(size, bool) or not isinstance(size, int | np.integer):
+        raise TypeError(f"`{name}` must be an int, got {size!r}")
+    if size >= LOST:
+        raise ValueError(f"`{name}` must be less than 2^30, got {size}")
 
 
 def _read(array: Array) -> np.ndarray | None:

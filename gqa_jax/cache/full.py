@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gqa_jax.cache.checks import LOST
+from gqa_jax.cache.lengths import advance, settle
 from gqa_jax.cache.rewinding import Rewound, target_positions
 from pallas_kernels import decode_attention, gqa_attention
 
@@ -17,7 +19,7 @@ class Attended(NamedTuple):
     """Attention over a cache that has just grown.
 
     Attributes:
-      out: `[B, T, N, D]`, the query's dtype; NaN in rows that overflowed.
+      out: `[B, T, N, D]`, the query's dtype; zero on padding, NaN in rows that overflowed.
       cache: with the new tokens.
     """
 
@@ -66,8 +68,8 @@ class KVCache:
         Tokens beyond the capacity are not written; `check_step` says so where that can be known, and
         `overflowed` finds the rows where it cannot.
         """
+        lengths, length = advance(self.length, lengths, key.shape[1])
         slot = slots_behind(self.length, lengths, key.shape[1], self.capacity)
-        length = (self.length + lengths).astype(jnp.int32)
         new_key, new_value = (jnp.swapaxes(new, 1, 2) for new in (key, value))
         return KVCache(write(self.key, slot, new_key), write(self.value, slot, new_value), length)
 
@@ -79,19 +81,21 @@ class KVCache:
         Args:
           query: `[B, T, N, D]`; token t of a row stands behind the row's old tokens and the t before it.
           key, value: `[B, T, K, D]`.
-          lengths: `[B]`, how many of the T tokens are real.
+          lengths: `[B]`, how many of the T tokens are real. Inside `jit` a row with a number outside [0, T] is lost: it
+            takes no token, returns NaN, and has overflowed until `reset`.
           **options: scale, sliding_window, sinks and logits_soft_cap of the operators.
         """
         start, num_new = self.length, query.shape[1]
         cache = self.append(key, value, lengths)
         if num_new <= MAX_DECODE_TOKENS:
-            out = decode_attention(query, cache.key, cache.value, start + num_new, **options)
+            end = end_of_step(start, num_new, self.capacity)
+            out = decode_attention(query, cache.key, cache.value, end, **options)
         else:
             out = prefill_attention(query, cache.key, cache.value, start, **options)
-        return Attended(nan_where(cache.overflowed(), out), cache)
+        return Attended(settle(out, lengths, cache.overflowed()), cache)
 
     def overflowed(self) -> Array:
-        """`[B]` bool: rows to which more tokens were appended than they can hold."""
+        """`[B]` bool: rows to which more tokens were appended than they can hold, or a number outside [0, T]."""
         return self.length > self.capacity
 
     def reset(self) -> "KVCache":
@@ -107,6 +111,7 @@ def rewind_length(cache, position) -> Rewound:
     """The rewind of a cache in which nothing is ever overwritten."""
     position = target_positions(position, cache.length)
     accepted = (position >= 0) & (position <= cache.length)
+    accepted &= (cache.length < LOST) | (position == 0)
     length = jnp.where(accepted, position, cache.length)
     return Rewound(dataclasses.replace(cache, length=length), accepted)
 
@@ -115,6 +120,11 @@ def slots_behind(length: Array, lengths: Array, num_new: int, capacity: int) -> 
     """`[B, T]` slots of T new tokens behind `length` old ones; `capacity` (out of range) for padding."""
     offset = jnp.arange(num_new, dtype=jnp.int32)[None, :]
     return jnp.where(offset < lengths[:, None], length[:, None] + offset, capacity)
+
+
+def end_of_step(start: Array, num_new: int, capacity: int) -> Array:
+    """`[B]` lengths by which `decode_attention` places T queries; a full or lost row takes part as padding."""
+    return jnp.minimum(start, capacity - 1) + num_new
 
 
 def write(rows: Array, slot: Array, new: Array) -> Array:
@@ -127,8 +137,3 @@ def prefill_attention(query: Array, key: Array, value: Array, start: Array, **op
     """Causal attention of `[B, T, N, D]` from position `start[b]` on, over head-major keys and values."""
     key, value = (jnp.swapaxes(cached, 1, 2).astype(query.dtype) for cached in (key, value))
     return gqa_attention(query, key, value, is_causal=True, q_offset=start, **options)
-
-
-def nan_where(lost: Array, out: Array) -> Array:
-    """NaN in the `lost` rows: an overflow inside `jit`, where nothing can be raised, must not pass for a result."""
-    return jnp.where(lost[:, None, None, None], jnp.asarray(jnp.nan, out.dtype), out)

@@ -4,6 +4,7 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 
+from gqa_jax.cache.checks import check_size
 from gqa_jax.cache.full import MAX_DECODE_TOKENS, KVCache
 from gqa_jax.cache.quantized import QuantizedKVCache
 from gqa_jax.cache.ring import RingKVCache
@@ -11,7 +12,7 @@ from gqa_jax.cache.ring import RingKVCache
 Policy = Literal["full", "ring", "int8", "fp8"]
 POLICIES: tuple[str, ...] = get_args(Policy)
 AttentionCache = KVCache | RingKVCache | QuantizedKVCache
-_CODES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+_CODES = {"int8": jnp.int8, "fp8": jnp.uint8}  # the bits of float8_e4m3fn
 
 
 def allocate(
@@ -37,10 +38,13 @@ def allocate(
         ring), and so how far a rewind can reach; None means 16.
 
     Raises:
+      TypeError: a size that is no integer, a dtype that is not floating point.
       ValueError: an unknown policy, sizes that are not positive, or an argument that the policy has no use for.
     """
     if policy not in POLICIES:
         raise ValueError(f"`policy` must be one of {POLICIES}, got {policy!r}")
+    for name, size in (("batch_size", batch_size), ("max_length", max_length)):
+        check_size(name, size)
     if batch_size < 1 or max_length < 1:
         raise ValueError(
             f"`batch_size` and `max_length` must be positive, got {batch_size} and {max_length}"
@@ -49,10 +53,14 @@ def allocate(
         raise ValueError("`policy` must not be 'ring' for a layer without `sliding_window`")
     if policy != "ring" and chunk_size is not None:
         raise ValueError(f"`chunk_size` must be None unless policy='ring', got {chunk_size}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be positive, got {chunk_size}")
+    if chunk_size is not None:
+        check_size("chunk_size", chunk_size)
+        if chunk_size < 1:
+            raise ValueError(f"`chunk_size` must be positive, got {chunk_size}")
     if policy in _CODES and dtype is not None:
         raise ValueError(f"`dtype` must be None with policy={policy!r}, got {jnp.dtype(dtype)}")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`dtype` must be floating point, got {jnp.dtype(dtype)}")
 
     lengths = lambda: jnp.zeros((batch_size,), jnp.int32)
     shape = (batch_size, num_kv_heads, max_length, head_dim)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from gqa_jax.cache.rewinding import Rewound
+from gqa_jax.cache.rewinding import Rewound, target_positions
 
 
 def common_prefix(cached: Sequence[int] | np.ndarray, tokens: Sequence[int] | np.ndarray) -> int:
@@ -48,12 +48,13 @@ def rewind(caches: Any, position: int | Int[Array, "B"]) -> Rewound:
     layers, tree = jax.tree.flatten(caches, is_leaf=lambda node: hasattr(node, "rewind"))
     if not layers:
         raise ValueError("`caches` must hold at least one cache")
-    accepted = jnp.ones((layers[0].batch_size,), bool)
+    position = target_positions(position, jnp.zeros(layers[0].batch_size, jnp.int32))
+    accepted = jnp.ones(position.shape, bool)
     for layer in layers:
         rows = layer.rewind(position).accepted
         accepted &= rows.reshape(-1, rows.shape[-1]).all(axis=0)
     moved = []
     for layer in layers:
-        target = jnp.where(accepted, jnp.asarray(position, jnp.int32), -1)  # -1 is always refused
+        target = jnp.where(accepted, position, -1)  # -1 is always refused
         moved.append(layer.rewind(target).cache)
     return Rewound(jax.tree.unflatten(tree, moved), accepted)

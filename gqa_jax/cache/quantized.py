@@ -10,12 +10,13 @@ from jaxtyping import Array, Float, Int
 from gqa_jax.cache.full import (
     MAX_DECODE_TOKENS,
     Attended,
-    nan_where,
+    end_of_step,
     prefill_attention,
     rewind_length,
     slots_behind,
     write,
 )
+from gqa_jax.cache.lengths import advance, settle
 from gqa_jax.cache.rewinding import Rewound
 from pallas_kernels import decode_attention
 
@@ -45,7 +46,8 @@ class QuantizedKVCache:
     steps gives the same result.
 
     Attributes:
-      key, value: `[B, K, S, D]` codes; keys after position embedding; S is the capacity.
+      key, value: `[B, K, S, D]` codes, int8, or uint8 with the bits of float8_e4m3fn (XLA on a CPU would convert
+        a whole float8 array to write one token into it); keys after position embedding; S is the capacity.
       key_scale, value_scale: `[B, K, S]` float32.
       length: `[B]` int32, tokens held per row.
     """
@@ -78,15 +80,16 @@ class QuantizedKVCache:
         lengths: Int[Array, "B"],
     ) -> "QuantizedKVCache":
         """As `KVCache.append`; the new tokens are quantised."""
+        lengths, length = advance(self.length, lengths, key.shape[1])
         slot = slots_behind(self.length, lengths, key.shape[1], self.capacity)
-        key_codes, key_scale = quantize(jnp.swapaxes(key, 1, 2), self.key.dtype)
-        value_codes, value_scale = quantize(jnp.swapaxes(value, 1, 2), self.value.dtype)
+        key_codes, key_scale = quantize(jnp.swapaxes(key, 1, 2), _stored(self.key).dtype)
+        value_codes, value_scale = quantize(jnp.swapaxes(value, 1, 2), _stored(self.value).dtype)
         return QuantizedKVCache(
-            write(self.key, slot, key_codes),
-            write(self.value, slot, value_codes),
+            write(self.key, slot, key_codes.view(self.key.dtype)),
+            write(self.value, slot, value_codes.view(self.value.dtype)),
             write(self.key_scale, slot, key_scale),
             write(self.value_scale, slot, value_scale),
-            (self.length + lengths).astype(jnp.int32),
+            length,
         )
 
     def append_and_attend(
@@ -98,21 +101,21 @@ class QuantizedKVCache:
         if num_new <= MAX_DECODE_TOKENS:
             out = decode_attention(
                 query,
-                cache.key,
-                cache.value,
-                start + num_new,
+                _stored(cache.key),
+                _stored(cache.value),
+                end_of_step(start, num_new, self.capacity),
                 key_scale=cache.key_scale,
                 value_scale=cache.value_scale,
                 **options,
             )
         else:
-            keys = cache.key.astype(jnp.float32) * cache.key_scale[..., None]
-            values = cache.value.astype(jnp.float32) * cache.value_scale[..., None]
+            keys = _stored(cache.key).astype(jnp.float32) * cache.key_scale[..., None]
+            values = _stored(cache.value).astype(jnp.float32) * cache.value_scale[..., None]
             out = prefill_attention(query, keys, values, start, **options)
-        return Attended(nan_where(cache.overflowed(), out), cache)
+        return Attended(settle(out, lengths, cache.overflowed()), cache)
 
     def overflowed(self) -> Array:
-        """`[B]` bool: rows to which more tokens were appended than they can hold."""
+        """As `KVCache.overflowed`."""
         return self.length > self.capacity
 
     def reset(self) -> "QuantizedKVCache":
@@ -122,3 +125,8 @@ class QuantizedKVCache:
     def rewind(self, position: int | Int[Array, "B"]) -> Rewound:
         """As `KVCache.rewind`."""
         return rewind_length(self, position)
+
+
+def _stored(codes: Array) -> Array:
+    """The codes as numbers: int8, or float8_e4m3fn from its bits."""
+    return codes.view(jnp.float8_e4m3fn) if codes.dtype == jnp.uint8 else codes

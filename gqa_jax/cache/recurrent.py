@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gqa_jax.cache.checks import LOST
 from gqa_jax.cache.rewinding import Rewound, target_positions
 
 
@@ -34,6 +35,10 @@ class GatedDeltaNetState:
         """B."""
         return self.length.shape[-1]
 
+    def overflowed(self) -> Array:
+        """`[B]` bool: rows that were told, inside `jit`, a number of tokens outside [0, T]."""
+        return self.length >= LOST
+
     def reset(self) -> "GatedDeltaNetState":
         """The same memory, no tokens."""
         return jax.tree.map(jnp.zeros_like, self)
@@ -42,9 +47,10 @@ class GatedDeltaNetState:
         """Accepts where the row is (nothing to do) and 0 (an empty state): what was folded in cannot be taken out."""
         position = target_positions(position, self.length)
         emptied = position == 0
+        accepted = emptied | ((position == self.length) & ~self.overflowed())
 
         def clear(x: Array) -> Array:
             rows = emptied.reshape(emptied.shape + (1,) * (x.ndim - emptied.ndim))
             return jnp.where(rows, jnp.zeros((), x.dtype), x)
 
-        return Rewound(jax.tree.map(clear, self), emptied | (position == self.length))
+        return Rewound(jax.tree.map(clear, self), accepted)

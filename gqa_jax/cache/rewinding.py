@@ -4,7 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
+
+from pallas_kernels import as_int32
 
 
 class Rewound(NamedTuple):
@@ -26,11 +29,12 @@ def target_positions(position: int | Int[Array, "B"], length: Array) -> Array:
       TypeError: not integer.
       ValueError: neither one position nor one per row.
     """
-    position = jnp.asarray(position)
-    if not jnp.issubdtype(position.dtype, jnp.integer):
-        raise TypeError(f"`position` must be an integer, got {position.dtype}")
-    if position.shape not in ((), length.shape[-1:]):
+    given: Any = position if hasattr(position, "dtype") else np.asarray(position)
+    dtype = jax.dtypes.canonicalize_dtype(given.dtype)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"`position` must be an integer, got {dtype}")
+    if given.shape not in ((), length.shape[-1:]):
         raise ValueError(
-            f"`position` must be one integer or have shape [B={length.shape[-1]}], got {position.shape}"
+            f"`position` must be one integer or have shape [B={length.shape[-1]}], got {given.shape}"
         )
-    return jnp.broadcast_to(position.astype(jnp.int32), length.shape)
+    return jnp.broadcast_to(as_int32("position", given), length.shape)

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gqa_jax.cache.full import Attended, nan_where, write
+from gqa_jax.cache.checks import LOST
+from gqa_jax.cache.full import Attended, write
+from gqa_jax.cache.lengths import advance, settle
 from gqa_jax.cache.rewinding import Rewound, target_positions
-from pallas_kernels import gqa_attention
+from pallas_kernels import as_int32, gqa_attention
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +65,7 @@ class RingKVCache:
         lengths: Int[Array, "B"],
     ) -> "RingKVCache":
         """The ring with the first `lengths[b]` of T new tokens behind each row's old ones, the oldest overwritten."""
+        lengths, length = advance(self.length, lengths, key.shape[1])
         offset = jnp.arange(key.shape[1], dtype=jnp.int32)[None, :]
         end = lengths[:, None]
         stays = (offset < end) & (
@@ -70,7 +73,6 @@ class RingKVCache:
         )  # of tokens with one slot, the newest
         slot = jnp.where(stays, (self.length[:, None] + offset) % self.capacity, self.capacity)
         new_key, new_value = (jnp.swapaxes(new, 1, 2) for new in (key, value))
-        length = (self.length + lengths).astype(jnp.int32)
         return dataclasses.replace(
             self,
             key=write(self.key, slot, new_key),
@@ -91,7 +93,7 @@ class RingKVCache:
             raise ValueError(
                 f"`sliding_window` must be the ring's window {self.window}, got {options.get('sliding_window')}"
             )
-        num_new = query.shape[1]
+        num_new, lengths = query.shape[1], as_int32("lengths", lengths)
         cache = self.append(key, value, lengths)
         offset = jnp.arange(num_new, dtype=jnp.int32)[None, :]
         positions = self.length[:, None] + offset
@@ -118,13 +120,11 @@ class RingKVCache:
             kv_segment_ids=jnp.where(holds_token, 0, -1),
             **options,
         )
-        return Attended(nan_where(cache.overflowed(), out), cache)
+        return Attended(settle(out, lengths, cache.overflowed()), cache)
 
     def overflowed(self) -> Array:
-        """`[B]` bool: rows that lost keys which their window still needs."""
-        if self.max_tokens is None:
-            return jnp.zeros_like(self.length, bool)
-        return self.length > self.max_tokens
+        """`[B]` bool: rows that lost keys which their window still needs, or were told a number outside [0, T]."""
+        return self.length > (LOST - 1 if self.max_tokens is None else self.max_tokens)
 
     def reset(self) -> "RingKVCache":
         """The same memory, no tokens."""
@@ -134,12 +134,16 @@ class RingKVCache:
     def rewind(self, position: int | Int[Array, "B"]) -> Rewound:
         """Forgets the tokens from `position` on; refuses rows whose window there is partly overwritten.
 
-        Accepted where 0 <= position <= length and at most `capacity - window` tokens, counted from the newest ever
-        written, would be forgotten. (A second rewind therefore cannot reach further back than the first could.)
+        Accepted at 0 (an empty row), and where 0 <= position <= length and at most `capacity - window` tokens, counted
+        from the newest ever written, would be forgotten. (A second rewind therefore cannot reach further back than the
+        first could.)
         """
         position = target_positions(position, self.length)
-        accepted = (position >= 0) & (position <= self.length)
+        emptied = position == 0
+        accepted = (position >= 0) & (position <= self.length) & (self.length < LOST)
         if self.max_tokens is None:
             accepted &= self.written - position <= self.capacity - self.window
+        accepted |= emptied
         length = jnp.where(accepted, position, self.length)
-        return Rewound(dataclasses.replace(self, length=length), accepted)
+        written = jnp.where(emptied, 0, self.written)
+        return Rewound(dataclasses.replace(self, length=length, written=written), accepted)

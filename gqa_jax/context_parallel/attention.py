@@ -10,7 +10,7 @@ from gqa_jax.context_parallel import all_gather, all_to_all, halo, ring
 from gqa_jax.context_parallel.marks import Dropout, Marks
 from gqa_jax.context_parallel.order import ContextParallel, local_positions, num_slots
 from gqa_jax.sharding import cast_like, names
-from pallas_kernels import AttentionOutput, gqa_attention_with_lse
+from pallas_kernels import AttentionOutput, as_int32, gqa_attention_with_lse
 
 
 def context_attention(query, key, value, **options: Any) -> Float[Array, "B T N Dv"]:
@@ -59,6 +59,8 @@ def context_attention_with_lse(
     """
     layout, mode, axis_name = context_parallel.layout, context_parallel.mode, context_parallel.axis
     batch, length = query.shape[:2]
+    positions = as_int32("positions", positions)
+    segment_ids = as_int32("segment_ids", segment_ids)
     if key.shape[1] != length:
         raise ValueError(f"`key` must hold the T={length} tokens of `query`, got {key.shape[1]}")
     if (positions is None) == (layout == "positions"):

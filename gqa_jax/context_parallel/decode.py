@@ -8,7 +8,8 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from gqa_jax.cache import KVCache
-from gqa_jax.cache.full import Attended, nan_where, slots_behind, write
+from gqa_jax.cache.full import Attended, slots_behind, write
+from gqa_jax.cache.lengths import advance, settle
 from gqa_jax.sharding import cast_like
 from pallas_kernels import gqa_attention_with_lse
 
@@ -54,11 +55,11 @@ class SpreadKVCache:
     ) -> Attended:
         """As `KVCache.append_and_attend`; two small all-reduces, nothing of the cache moves."""
         start, num_new, held = self.length, query.shape[1], self.part.capacity
+        lengths, length = advance(start, lengths, num_new)
         first = lax.axis_index(self.axis_name) * held
         slot = slots_behind(start, lengths, num_new, self.max_tokens) - first
         slot = jnp.where((slot >= 0) & (slot < held), slot, held)
         new_key, new_value = (jnp.swapaxes(new, 1, 2) for new in (key, value))
-        length = (start + lengths).astype(jnp.int32)
         part = KVCache(
             write(self.part.key, slot, new_key), write(self.part.value, slot, new_value), length
         )
@@ -89,4 +90,4 @@ class SpreadKVCache:
         out = total / jnp.where(share == 0.0, 1.0, share)[..., None]
         lost = length > self.max_tokens
         cache = dataclasses.replace(self, part=part)
-        return Attended(nan_where(lost, out.astype(query.dtype)), cache)
+        return Attended(settle(out.astype(query.dtype), lengths, lost), cache)

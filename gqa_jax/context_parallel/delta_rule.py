@@ -25,6 +25,7 @@ from gqa_jax.context_parallel.order import (
 from gqa_jax.sharding import cast_like
 from pallas_kernels import (
     GatedDeltaRuleOutput,
+    as_int32,
     causal_conv1d,
     gated_delta_rule,
 )
@@ -46,6 +47,7 @@ def context_causal_conv1d(
     Raises:
       ValueError: chunks shorter than W - 1, or a layout without chunks.
     """
+    segment_ids = as_int32("segment_ids", segment_ids)
     layout, axis_name = context_parallel.layout, context_parallel.axis
     slots, halo = _slots(layout), weight.shape[0] - 1
     chunk = x.shape[1] // slots
@@ -102,6 +104,7 @@ def context_gated_delta_rule(
     Raises:
       ValueError: a length that does not divide into chunks, or a layout without chunks.
     """
+    segment_ids = as_int32("segment_ids", segment_ids)
     layout, axis_name = context_parallel.layout, context_parallel.axis
     slots = _slots(layout)
     batch, length, heads, value_dim = value.shape
@@ -215,6 +218,7 @@ def undo_order(
       the reordered arrays, and what `redo_order` needs. Where positions are not a permutation, floating-point arrays
       are NaN (values cannot raise inside `jit`; `check_permutation` raises outside).
     """
+    positions = as_int32("positions", positions)
     everywhere = lax.all_gather(positions, axis_name, axis=1, tiled=True)
     length = positions.shape[1]
     order = jnp.argsort(everywhere, axis=1)
@@ -236,13 +240,15 @@ def undo_order(
 def redo_order(x: Array, positions: Int[Array, "B T"], *, axis_name: Any) -> Array:
     """Back from contiguous chunks to the order that `undo_order` met."""
     row = lax.all_gather(x, axis_name, axis=1, tiled=True)
+    positions = as_int32("positions", positions)
     place = positions.reshape(*positions.shape, *(1,) * (x.ndim - 2))
     return jnp.take_along_axis(row, place, axis=1, mode="clip")
 
 
 def check_permutation(positions: Int[Array, "B T"]) -> None:
     """Raises `ValueError` unless each row of `positions` (all devices' tokens) holds 0 .. T - 1 once each."""
-    index = jnp.arange(positions.shape[1])
+    positions = as_int32("positions", positions)
+    index = jnp.arange(positions.shape[1], dtype=jnp.int32)
     bad = (jnp.sort(positions, axis=1) != index[None]).any(axis=1)
     if bool(bad.any()):
         row = int(jnp.argmax(bad))

@@ -237,6 +237,9 @@ def gqa_attention_qkv(
 
 
 _SELF_PLACES = {"segment_ids": "B T", "positions": "B T", "cu_seqlens": "num_sequences+1"}
+_PLACES = [
+    f"{of}_{n}" for n in ("positions", "segment_ids", "cu_seqlens") for of in ("query", "kv")
+]
 _DEFAULTS = {
     name: value
     for name, value in (gqa_attention.__kwdefaults__ or {}).items()
@@ -306,30 +309,26 @@ def _run(operator, query, key, value, options, implementation, *, with_lse) -> A
 def _normal_form(query, key, options) -> tuple[algebra.Options, algebra.Context]:
     """The same request with every way to place tokens reduced to positions and segments."""
     q_len, kv_len = query.shape[1], key.shape[1]
-    to_int32 = lambda array: jnp.asarray(array).astype(jnp.int32)
-    q_position, kv_position, q_segment, kv_segment = (
-        None if options[name] is None else to_int32(options[name])
-        for name in ("query_positions", "kv_positions", "query_segment_ids", "kv_segment_ids")
-    )
+    places = {
+        name: None if options[name] is None else jnp.asarray(_checks.as_int32(name, options[name]))
+        for name in _PLACES
+    }
+    q_position, kv_position, q_segment, kv_segment, q_starts, kv_starts = places.values()
     bottom_right = options["causal_alignment"] == "bottom_right"
     offset = options["q_offset"]
     if offset is None:
         offset = kv_len - q_len if bottom_right else 0
     q_offsets = None
-    if options["query_cu_seqlens"] is not None:
-        q_starts, kv_starts = (
-            to_int32(options["query_cu_seqlens"]),
-            to_int32(options["kv_cu_seqlens"]),
-        )
+    if q_starts is not None and kv_starts is not None:
         offset = 0  # positions count inside each sequence
         q_position, q_segment = algebra.packed_tokens(q_starts, q_len)
         kv_position, kv_segment = algebra.packed_tokens(kv_starts, kv_len)
         if bottom_right:
             shift = jnp.diff(kv_starts) - jnp.diff(q_starts)
             q_position = q_position + shift[q_segment]
-    elif not isinstance(offset, int):
-        q_offsets = to_int32(offset)
-        q_position = to_int32(offset)[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None]
+    elif not _is_int(offset):
+        q_offsets = jnp.asarray(_checks.as_int32("q_offset", offset))
+        q_position = q_offsets[:, None] + jnp.arange(q_len, dtype=jnp.int32)[None]
         kv_position = jnp.arange(kv_len, dtype=jnp.int32)[None]
     seeds = None
     if options["dropout_rate"] > 0.0:
@@ -341,7 +340,7 @@ def _normal_form(query, key, options) -> tuple[algebra.Options, algebra.Context]
         sliding_window=options["sliding_window"],
         logits_soft_cap=options["logits_soft_cap"],
         dropout_rate=float(options["dropout_rate"]),
-        q_offset=offset if isinstance(offset, int) else 0,
+        q_offset=int(offset) if _is_int(offset) else 0,
     )
     mask = None if options["mask"] is None else jnp.asarray(options["mask"])
     context = algebra.Context(
@@ -418,7 +417,9 @@ def _check_places(options, sizes) -> None:
     if packed and options["query_cu_seqlens"].shape[0] < 2:
         raise ValueError("`query_cu_seqlens` must hold at least two entries, got 1")
     offset = options["q_offset"]
-    if offset is not None and not (isinstance(offset, int) and not isinstance(offset, bool)):
+    if _is_int(offset):
+        _checks.as_int32("q_offset", np.asarray(offset))
+    elif offset is not None:
         _checks.check_array("q_offset", offset, "B", sizes)
         _checks.check_integer("q_offset", offset)
     ways = {
@@ -453,7 +454,13 @@ def _check_dropout(options) -> None:
             raise TypeError(
                 f"`dropout_key` must be one JAX random key, got {type(key).__name__} of shape {shape}"
             )
-    if options["dropout_offset"] is not None and np.shape(options["dropout_offset"]) != (2,):
-        raise ValueError(
-            f"`dropout_offset` must be (batch row, query head), got {options['dropout_offset']!r}"
-        )
+    offset = options["dropout_offset"]
+    if offset is not None:
+        if np.shape(offset) != (2,):
+            raise ValueError(f"`dropout_offset` must be (batch row, query head), got {offset!r}")
+        for first in (offset,) if hasattr(offset, "dtype") else map(np.asarray, offset):
+            _checks.as_int32("dropout_offset", first)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -72,6 +72,7 @@ def causal_conv1d(
       >>> causal_conv1d(jnp.ones((1, 5, 2)), jnp.ones((4, 2))).out[0, :, 0].tolist()
       [1.0, 2.0, 3.0, 4.0, 4.0]
     """
+    segment_ids = _checks.as_int32("segment_ids", segment_ids)
     _check(x, weight, bias, activation, initial_state, segment_ids)
     _dispatch.resolve("causal_conv1d", implementation, _REASONS)
     return CausalConvOutput(
@@ -132,6 +133,7 @@ def causal_conv1d_qkv(
       >>> made.query.shape, made.value.shape
       ((1, 5, 2, 4), (1, 5, 4, 8))
     """
+    segment_ids = _checks.as_int32("segment_ids", segment_ids)
     sizes = _check_qkv(mixed, weight, key_dim, value_dim, bias, initial_state, segment_ids)
     use_qk_l2norm = _checks.check_flag("use_qk_l2norm", use_qk_l2norm)
     options = vjp.Options(int(key_dim), int(value_dim), use_qk_l2norm)

@@ -69,6 +69,7 @@ def decode_attention(
     if logits_soft_cap is not None:
         logits_soft_cap = _checks.check_number("logits_soft_cap", logits_soft_cap, is_positive=True)
     chosen = _dispatch.resolve("decode_attention", implementation, _reasons())
+    lengths = _checks.as_int32("lengths", lengths)
     operands = algebra.Operands(
         query, key_cache, value_cache, lengths, key_scale, value_scale, sinks
     )

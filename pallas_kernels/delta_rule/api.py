@@ -78,7 +78,7 @@ def gated_delta_rule(
         `segment_ids` it belongs to the segment of each row's first real token.
       segment_ids: `[B, T]`. The state restarts from zero where the id changes. Negative ids are padding: never read,
         output 0, transparent to the state. The final state is that of the row's last segment.
-      cu_seqlens: `[num_sequences + 1]` int32, `[0, ..., T]` not decreasing, only with B = 1: sequence i holds tokens
+      cu_seqlens: `[num_sequences + 1]` integer, `[0, ..., T]` not decreasing, only with B = 1: sequence i holds tokens
         `cu_seqlens[i] : cu_seqlens[i + 1]` (possibly none), with its own initial and final state. Tokens past the last
         boundary are padding.
       scale: multiplies the output; None means `Dk ** -0.5`.
@@ -110,6 +110,8 @@ def gated_delta_rule(
       >>> gated_delta_rule(q, q, jnp.ones((1, 3, 1, 2)), g, g + 1, scale=1.0).out[0, :, 0, 0].tolist()
       [1.0, 1.0, 1.0]
     """
+    segment_ids = _checks.as_int32("segment_ids", segment_ids)
+    cu_seqlens = _checks.as_int32("cu_seqlens", cu_seqlens)
     sizes = _check(query, key, value, g, beta, initial_state, segment_ids, cu_seqlens, chunk_size)
     use_qk_l2norm = _checks.check_flag("use_qk_l2norm", use_qk_l2norm)
     scale = sizes["Dk"] ** -0.5 if scale is None else _checks.check_number("scale", scale)
@@ -194,6 +196,7 @@ def gated_delta_rule_step(
       >>> step.final_state.sum((1, 2, 3)).tolist()
       [0.0, 0.0, 0.0, 4.0, 0.0]
     """
+    slots = _checks.as_int32("slots", slots)
     sizes = _check_step(query, key, value, g, beta, state, slots)
     options = step.Options(
         sizes["Dk"] ** -0.5 if scale is None else _checks.check_number("scale", scale),

@@ -102,6 +102,7 @@ def gated_deltanet_step(
       >>> step.out.shape, step.final_conv_state[0, :, 0, 0].tolist()
       ((1, 1, 1, 2), [0.0, 0.0, 0.0, 1.0])
     """
+    lengths, slots = _checks.as_int32("lengths", lengths), _checks.as_int32("slots", slots)
     inputs = Inputs(mixed, logits, conv_state, conv_kernel, conv_bias, A_log, dt_bias, lengths)
     sizes = _check(inputs, state, slots)
     scale = float(sizes["Dk"] ** -0.5) if scale is None else _checks.check_number("scale", scale)

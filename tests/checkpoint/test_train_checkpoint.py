@@ -1,6 +1,10 @@
 """Resuming equals not having stopped, bit for bit."""
 
 import dataclasses
+import json
+import re
+import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +13,12 @@ import optax
 import pytest
 from flax import nnx
 
-from gqa_jax import AttentionConfig, Decoder, DecoderConfig, GatedDeltaNetConfig
+from gqa_jax import AttentionConfig, Decoder, DecoderConfig, GatedDeltaNetConfig, train_checkpoint
+from gqa_jax.replica_check import hash_bits
 from gqa_jax.train_checkpoint import TrainCheckpoints
 from gqa_jax.training import TrainState, train_step
 from tests.support.compare import assert_bitwise_equal
+from tests.support.meshes import mesh
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -155,3 +161,182 @@ def test_a_state_of_another_model_is_refused(tmp_path):
             match=r"params.layers.0.mlp.*is float32\[16, 16, 2\], not float32\[16, 24, 2\]",
         ):
             checkpoints.restore(fresh(0, wider))
+
+
+# Damage -----------------------------------------------------------------------------------------------------------
+
+
+def large(seed, step=7):
+    """Arrays that are stored in files of their own, beside small ones."""
+    return small(step, seed) | {"noise": jax.random.normal(jax.random.key(seed), (64, 96))}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    with TrainCheckpoints(folder) as checkpoints:
+        assert checkpoints.save(3, large(1), data={"index": 4096})
+        checkpoints.wait()
+        checkpoints.save(5, large(2), data={"index": 8192})
+    return folder
+
+
+def restored_or_refused(folder, *, must_refuse=False):
+    """What was saved, or an error that names step and item."""
+    message = ""
+    with TrainCheckpoints(folder) as checkpoints:
+        try:
+            state, step, data = checkpoints.restore(large(0, step=0), step=5)
+        except ValueError as error:
+            message = str(error)
+            state, step, data = checkpoints.restore(large(0, step=0), step=3)
+    assert (step, data) == ((3, {"index": 4096}) if message else (5, {"index": 8192}))
+    assert_same(state, large(1 if message else 2))
+    where = (
+        r"checkpoint of step 5 in .* must be whole, but its item '(state|about)' cannot be read: .*"
+    )
+    assert re.fullmatch(where + r"; the other steps are \[3\]", message) or not message, message
+    assert message or not must_refuse
+    return message
+
+
+@pytest.mark.usefixtures("loose_promotion")
+def test_flipped_bits_and_files_cut_are_refused_by_step_and_item(saved, tmp_path):
+    rng = np.random.default_rng(0)
+    messages = []
+    for path in sorted(p for p in (saved / "5").rglob("*") if p.is_file()):
+        for change in ("flip", "cut", "delete"):
+            copy = tmp_path / "copy"
+            shutil.copytree(saved, copy)
+            broken = copy / path.relative_to(saved)
+            raw = bytearray(broken.read_bytes())
+            if change == "flip":
+                raw[rng.integers(len(raw))] ^= 1 << rng.integers(8)
+                broken.write_bytes(raw)
+            elif change == "cut":
+                broken.write_bytes(raw[: len(raw) // 2])
+            else:
+                broken.unlink()
+            messages.append(restored_or_refused(copy))
+            shutil.rmtree(copy)
+    assert any("the bits of noise are not those saved" in message for message in messages)
+    assert sum(map(bool, messages)) >= 8
+    for item in ("state", "about"):
+        copy = tmp_path / item
+        shutil.copytree(saved, copy)
+        shutil.rmtree(copy / "5" / item)
+        assert f"item '{item}'" in restored_or_refused(copy, must_refuse=True)
+
+
+@pytest.mark.usefixtures("loose_promotion")
+def test_a_position_that_changed_on_disk_is_refused_and_old_checkpoints_are_read_with_a_warning(
+    saved, tmp_path
+):
+    shutil.copytree(saved, tmp_path / "copy")
+    about = tmp_path / "copy/5/about/metadata"
+    content = json.loads(about.read_text())
+    about.write_text(json.dumps(content).replace("8192", "8193"))
+    assert "item 'about' cannot be read: its bits" in restored_or_refused(
+        tmp_path / "copy", must_refuse=True
+    )
+    about.write_text(json.dumps({name: content[name] for name in ("manifest", "data")}))
+    with pytest.warns(UserWarning, match="checkpoint of step 5 has no checksums to check"):
+        assert not restored_or_refused(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_checksums_do_not_depend_on_where_an_array_lies(kind):
+    rng = np.random.default_rng(1)
+    the_mesh = mesh(kind, x=4, y=2)
+    arrays = [
+        rng.normal(size=(8, 6, 4)).astype("f4"),
+        jnp.asarray(rng.normal(size=(4, 8)), jnp.bfloat16),
+        rng.integers(-9, 9, (8, 4)).astype("i1"),
+        rng.integers(0, 2, (4, 2)).astype(bool),
+        jnp.asarray(rng.normal(size=(4, 2)), jnp.float8_e4m3fn),
+    ]
+    seen = set()
+    for array in map(jnp.asarray, arrays):
+        alone = np.asarray(jax.jit(hash_bits)(array))
+        for spec in (jax.P("x"), jax.P("x", "y"), jax.P(None, "y"), jax.P()):
+            spread = jax.device_put(array, jax.NamedSharding(the_mesh, spec))
+            np.testing.assert_array_equal(np.asarray(jax.jit(hash_bits)(spread)), alone)
+        swapped = array.at[0].set(array[1]).at[1].set(array[0])
+        assert (np.asarray(jax.jit(hash_bits)(swapped)) != alone).any()
+        seen.add(tuple(alone.tolist()))
+    assert len(seen) == len(arrays)
+
+
+@pytest.mark.usefixtures("loose_promotion")
+def test_data_is_kept_as_it_was_or_refused_at_once(tmp_path):
+    data = {
+        "index": np.int64(2**40), "share": np.float32(0.25), "done": np.bool_(True), "files": ("a", ["b", None]),
+        "far": float("inf"),
+    }  # fmt: skip
+    with TrainCheckpoints(tmp_path) as checkpoints:
+        for value, message in (
+            (
+                {"at": {"x": [np.ones(2)]}},
+                r"`data\['at'\]\['x'\]\[0\]` must be what JSON .*ndarray: arr",
+            ),
+            (jnp.ones(()), "`data` must be what JSON holds .*, got ArrayImpl"),
+            ([b"bytes"], r"`data\[0\]` must be what JSON holds .*, got bytes"),
+            ({1: "a"}, "`data` must have str as keys, got 1"),
+            ({"a": {2, 3}}, r"`data\['a'\]` must be what JSON holds .*, got set"),
+            (1 + 2j, "`data` must be what JSON holds .*, got complex"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                checkpoints.save(1, small(1), data=value)
+        for step, error in (
+            (1.0, TypeError),
+            (True, TypeError),
+            ("1", TypeError),
+            (-1, ValueError),
+        ):
+            with pytest.raises(error, match="`step` must (not )?be"):
+                checkpoints.save(step, small(1))
+        assert checkpoints.save(np.int32(1), small(1), data=data)
+        data["index"] = 0  # while it may still be on its way
+        data["files"][1].append("c")
+        restored = checkpoints.restore(small(0))
+    expected = {"index": 2**40, "share": 0.25, "done": True, "files": ["a", ["b", None]]}
+    assert restored.data.pop("far") == float("inf")
+    assert restored.data == expected
+    assert [type(restored.data[name]) for name in ("index", "share", "done")] == [int, float, bool]
+
+
+@pytest.mark.usefixtures("loose_promotion")
+@pytest.mark.parametrize("ask", ["wait", "close", "save", "skipped", "restore"])
+def test_a_save_that_fails_in_its_thread_is_reported_by_what_comes_next(ask, tmp_path, monkeypatch):
+    write = json.dumps
+
+    def fail(value, **options):
+        if isinstance(value, dict) and "manifest" in value:  # ours, not Orbax's own
+            raise OSError("no space left on device")
+        return write(value, **options)
+
+    checkpoints = TrainCheckpoints(tmp_path, save_every=2)
+    checkpoints.save(2, small(2), data=2)
+    checkpoints.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr("json.dumps", fail)
+        patch.setattr(train_checkpoint, "_crc32", lambda about: 0)
+        assert checkpoints.save(4, small(4))
+        while checkpoints._manager.is_saving_in_progress():
+            time.sleep(0.01)
+    calls = {
+        "wait": checkpoints.wait,
+        "close": checkpoints.close,
+        "save": lambda: checkpoints.save(6, small(6)),
+        "skipped": lambda: checkpoints.save(5, small(5)),
+        "restore": lambda: checkpoints.restore(small(0)),
+    }
+    message = "checkpoint of step 4 was not saved: no space left on device"
+    with pytest.raises(RuntimeError, match=message):
+        calls[ask]()
+    assert checkpoints.steps == [2]
+    if ask != "close":
+        assert checkpoints.restore(small(0)).step == 2
+        assert checkpoints.save(8, small(8), data=8)
+        assert checkpoints.restore(small(0)).data == 8
+        checkpoints.close()

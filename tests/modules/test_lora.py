@@ -493,15 +493,16 @@ CHANGES_NOTHING = dict(
     eva_config={"rho": 2.0}, exclude_modules=["lm_head"], inference_mode=True, init_lora_weights="gaussian",
     layers_pattern="layers", layers_to_transform=[0], lora_ga_config={"scale": "stable"}, loftq_config={},
     megatron_config={"a": 1}, megatron_core="other", peft_version="0.21.2", qalora_group_size=32, revision="main",
-    target_modules="all-linear", task_type="CAUSAL_LM", velora_config={"scale": 1.0}, corda_config={"verbose": True},
+    target_modules="all-linear", task_type="CAUSAL_LM", corda_config={"verbose": True},
     runtime_config={"ephemeral_gpu_offload": True}, modules_to_save=[], layer_replication=None,
 )  # fmt: skip
 IS_REFUSED = dict(
     alora_invocation_tokens=[1, 2], arrow_config={"top_k": 2}, bias="lora_only", fan_in_fan_out=True,
     init_lora_weights="pissa", kasa_config={"beta": 0.1}, layer_replication=[[0, 2], [1, 2]], lora_bias=True,
     modules_to_save=["lm_head"], monteclora_config={"num_samples": 2}, peft_type="ADALORA", target_parameters=["w"],
-    trainable_token_indices=[3], use_bdlora={"nblocks": 2}, use_qalora=True, r=0, lora_alpha="16",
-    rank_pattern={"q": 0}, alpha_pattern={"(": 1.0}, use_dora=True, use_rslora=1, some_setting_of_tomorrow=0.5,
+    trainable_token_indices=[3], use_bdlora={"nblocks": 2}, use_qalora=True, velora_config={"scale": 1.0}, r=0,
+    lora_alpha="16", rank_pattern={"q": 0}, alpha_pattern={"(": 1.0}, use_dora=True, use_rslora=1,
+    some_setting_of_tomorrow=0.5,
 )  # fmt: skip
 IS_READ = {
     "r",
