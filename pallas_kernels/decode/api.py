@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch
-from pallas_kernels.decode import algebra, blockwise, reference, tuning
+from pallas_kernels.decode import algebra, reference, tuning, vjp
 
 MAX_NEW_TOKENS = 16
 Implementation = Literal["blockwise", "reference"]
@@ -74,7 +74,7 @@ def decode_attention(
         query, key_cache, value_cache, lengths, key_scale, value_scale, sinks
     )
     options = algebra.Options(window, logits_soft_cap, scale)
-    run = reference if chosen == "reference" else blockwise
+    run = reference if chosen == "reference" else vjp
     return run.decode_attention(jax.tree.map(jnp.asarray, operands), options)
 
 

@@ -5,7 +5,7 @@ nothing is repeated. An 8-bit cache is exact in bfloat16: with bfloat16 queries 
 float32, and only for the pairs at work. Scales of a quantised cache multiply logits and weights, never the cache.
 
 Pairs of which anything comes out that is not finite are computed again, one by one, with zeros for the values that are
-not: what is hidden has weight 0, and 0 times NaN is NaN. Derivatives are those of the reference.
+not: what is hidden has weight 0, and 0 times NaN is NaN.
 """
 
 import functools
@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._inert import finite_part
-from pallas_kernels.decode import algebra, reference, tuning
+from pallas_kernels.decode import algebra, tuning
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def decode_attention(operands: algebra.Operands, options: algebra.Options):
     """Returns `[B, T, N, Dv]`; softmax in float32."""
     batch, num_new, num_heads, head_dim = operands.query.shape
@@ -43,12 +42,6 @@ def decode_attention(operands: algebra.Operands, options: algebra.Options):
         out = jax.lax.map(together, tuple(index.reshape(-1, size) for index in pairs))
     out = out.reshape(batch, num_kv_heads, num_new, group, -1)
     return out.transpose(0, 2, 1, 3, 4).reshape(batch, num_new, num_heads, -1)
-
-
-@decode_attention.defjvp
-def _derivative(options, primals, tangents):
-    exact = functools.partial(reference.decode_attention, options=options)
-    return decode_attention(*primals, options), jax.jvp(exact, primals, tangents)[1]
 
 
 def _pair(operands: algebra.Operands, options: algebra.Options, rows, seen, pair, is_clean=True):
