@@ -1,7 +1,9 @@
 """`python -m gqa_jax`: the demo, generation from a checkpoint, plans for GPUs, and what this machine would run."""
 
 import argparse
+import ctypes
 import importlib.metadata
+import os
 import platform
 import sys
 
@@ -191,9 +193,21 @@ def typical_calls() -> list[tuple[str, tuple, dict]]:
     ]
 
 
+def accept_no_driver() -> None:
+    """Where no NVIDIA driver is, JAX's CUDA plugin (the `aot` extra installs it) leaves the work to the CPU.
+
+    It does so in any case, but after a traceback from its check of library versions.
+    """
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; its exit status, which is 2, after one line that says why, for bad input."""
     options = build_parser().parse_args(arguments)
+    accept_no_driver()
     try:
         return options.run(options)
     except (ValueError, OSError, NotImplementedError, jax.errors.JaxRuntimeError) as error:

@@ -102,10 +102,12 @@ def gqa_attention(
     | implementation | runs on | dtypes | memory | gradients | vmap, shard_map | deterministic |
     |---|---|---|---|---|---|---|
     | "cudnn" | NVIDIA GPU, compute capability >= 8.0 | float16, bfloat16 | O(T) | q k v | yes | no (backward) |
-    | "mosaic_gpu" | H100, H200 | float16, bfloat16 | O(T) | q k v sinks, lse | yes | yes |
-    | "mosaic_gpu_atomic" | H100, H200 | float16, bfloat16 | O(T) | q k v sinks, lse | yes | no (gradient of q) |
+    | "mosaic_gpu" | H100, H200 | float16, bfloat16 | O(T) | q k v sinks, lse | yes (1) | yes |
+    | "mosaic_gpu_atomic" | H100, H200 | float16, bfloat16 | O(T) | q k v sinks, lse | yes (1) | no (gradient of q) |
     | "blockwise" | any (XLA) | all | O(T) forward and backward | all inputs, lse | yes | yes |
     | "reference" | any (XLA) | all | O(T S) | all inputs, lse, forward mode | yes | yes |
+
+    (1) `jax.shard_map` with `check_vma=False` only: the kernels' results have no type over mesh axes.
 
     "cudnn" has only `scale`, upper-left `is_causal` and `sliding_window`. "mosaic_gpu" takes D = Dv of 64, 96, 128 or
     256 and everything but `mask`, `bias`, positions and dropout; it was proven by interpretation and compilation, not
@@ -223,7 +225,7 @@ def gqa_attention_qkv(
     fused = vjp.Fused(qkv, sinks)
     split = jax.eval_shape(lambda qkv: vjp.Fused(qkv).split(), qkv)
     _check(split.query, split.key, split.value, options)
-    reasons = _reasons(split.query, split.key, split.value, options, with_lse=False)
+    reasons = _reasons(split.query, split.key, split.value, options, with_lse=False, qkv=qkv)
     chosen = _dispatch.resolve("gqa_attention_qkv", implementation, reasons)
     kernels = {
         "mosaic_gpu": vjp.mosaic_gpu_qkv,
@@ -261,7 +263,7 @@ def _options(arguments: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _reasons(query, key, value, options, *, with_lse: bool) -> dict[str, str | None]:
+def _reasons(query, key, value, options, *, with_lse: bool, qkv=None) -> dict[str, str | None]:
     """Implementations in order of preference, with why each cannot run the call."""
     about = {
         "dtype": query.dtype,
@@ -269,7 +271,7 @@ def _reasons(query, key, value, options, *, with_lse: bool) -> dict[str, str | N
         "value_dim": value.shape[-1],
         "options": options,
     }
-    varying = _sharding.is_varying((query, key, value, options))
+    varying = _sharding.is_varying((query, key, value, qkv, options))
     kernels = {
         name: mosaic_gpu_tuning.unsupported_reason(
             **about, varying=varying, atomic=name == "mosaic_gpu_atomic"

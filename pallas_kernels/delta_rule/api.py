@@ -94,8 +94,8 @@ def gated_delta_rule(
 
     With a decay per key channel the backward of one chunk is automatic, the scan over chunks still by hand.
     Sums, gates and states are float32 (float64 for float64 values). None takes "chunked", and the token recurrence
-    for a handful of tokens; "mosaic_gpu" has not been timed on a GPU yet and runs by name only. `jax.jvp`,
-    `jax.jacfwd` and `jax.hessian` need `implementation="reference"`.
+    for a handful of tokens; "mosaic_gpu" has not been timed on a GPU yet and runs by name only (under `jax.shard_map`
+    with `check_vma=False`). `jax.jvp`, `jax.jacfwd` and `jax.hessian` need `implementation="reference"`.
 
     Raises:
       TypeError, ValueError: naming the argument.
@@ -183,7 +183,8 @@ def gated_delta_rule_step(
     | "mosaic_gpu" | H100, H200 | bf16, fp16, fp32 | by recomputation, reverse mode, any order | yes | yes |
     | "triton" | NVIDIA from A100 on | bf16, fp16, fp32 | by recomputation, reverse mode, any order | yes | yes |
 
-    The kernels read the state once and write it once. None takes "reference" until they have been measured.
+    The kernels read the state once and write it once; `jax.shard_map` takes them with `check_vma=False`. None takes
+    "reference" until they have been measured.
 
     Raises:
       TypeError, ValueError: naming the argument.

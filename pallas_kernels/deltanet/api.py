@@ -85,7 +85,8 @@ def gated_deltanet_step(
     | "triton" | NVIDIA from A100 on | bf16, fp16, fp32 | by recomputation, reverse mode, any order | yes | yes |
 
     "reference" rounds convolved queries, keys and values to the dtype of `mixed`, as `causal_conv1d` does; the kernels
-    keep them in float32. None takes "reference" until the kernels have been measured.
+    keep them in float32, and work under `jax.shard_map` with `check_vma=False`. None takes "reference" until the
+    kernels have been measured.
 
     Raises:
       TypeError, ValueError: naming the argument.

@@ -1,9 +1,12 @@
 """`python -m gqa_jax`: the demo runs to its end, generation reads what it saved, mistakes are answered."""
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -60,6 +63,18 @@ def test_generate_reads_the_demo_checkpoint(demo, capfd):
     config.write_text(json.dumps(saved))
     assert main([*arguments, "--tokens", "999"]) == 2
     assert "`prompts` must lie in [0, vocab_size=256), got 999" in capfd.readouterr().err
+
+
+def test_no_driver_no_traceback():
+    """The CUDA plugin is installed here without a driver: JAX takes the CPU without a word."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None or jax.default_backend() == "gpu":
+        pytest.skip("needs JAX's CUDA plugin and no GPU")
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "gqa_jax", "info"], env=environment, capture_output=True, text=True, check=True
+    )  # fmt: skip
+    assert "gqa_attention: blockwise" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_info_explains_every_operator(capfd):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 from unittest import mock
 
@@ -200,3 +201,33 @@ def test_tuned_configurations_reach_programs_that_were_traced_before():
         mosaic_gpu_tuning.use_tuned({})
     call(1.0)
     assert traced == [3, 4]
+
+
+# Kernels inside `jax.shard_map`.
+
+Q, KV, GATE = struct(2, 64, 2, 64), struct(2, 64, 1, 64), struct(2, 64, 2, dtype=jnp.float32)
+ON_MESH = {
+    "gqa_attention": (Q, KV, KV),
+    "gqa_attention_with_lse": (Q, KV, KV),
+    "gqa_attention_qkv": (struct(2, 64, 1, 4, 64),),
+    "gated_delta_rule": (Q, Q, Q, GATE, GATE),
+    "causal_conv1d_qkv": (struct(2, 8, 1, 192), struct(8, 1, 192)),
+}
+
+
+def on_mesh(operator, check_vma, implementation):
+    options = {"key_dim": 64, "value_dim": 64} if operator == "causal_conv1d_qkv" else {}
+    run = functools.partial(getattr(pk, operator), implementation=implementation, **options)
+    mesh = jax.make_mesh((2,), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.P("device")
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
+    return jax.eval_shape(mapped, *ON_MESH[operator])
+
+
+@pytest.mark.parametrize("operator", ON_MESH)
+def test_kernels_need_an_unchecked_shard_map(operator):
+    with _dispatch.targeting(H200):
+        expected = on_mesh(operator, True, "reference")
+        with pytest.raises(NotImplementedError, match=r"jax\.shard_map\(check_vma=False\)"):
+            on_mesh(operator, True, "mosaic_gpu")
+        assert on_mesh(operator, False, "mosaic_gpu") == expected
