@@ -47,6 +47,11 @@ PEERS = {
         ),
         {},
     ),
+    "tokamax": Peer(
+        ("chex", "qwix"),
+        ("tokamax/_src/ops/attention/xla_chunked_test.py",),
+        {},
+    ),
     "fla": Peer(
         ("einops", "triton"),
         ("tests/ops/test_gdn.py", "tests/ops/test_kda.py"),
