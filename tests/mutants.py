@@ -124,7 +124,7 @@ FAULTS = tuple(Fault(*fault) for fault in (
     ("clip is not shared by query and key", CLIP, "ClipFactors(eta**alpha, eta ** (1.0 - alpha))", "ClipFactors(eta, eta)", "modules/test_training_aids.py -k threshold"),
     ("clip stretches small logits", CLIP, "eta = jnp.minimum(1.0, ", "eta = jnp.maximum(1.0, ", "modules/test_training_aids.py -k threshold"),
     ("top p keeps a token too few", "gqa_jax/sampling.py", "before < sampling.top_p", "before + probability < sampling.top_p", "decoder/test_sampling.py"),
-    ("temperature multiplies", "gqa_jax/sampling.py", "logits.astype(jnp.float32) / sampling.temperature", "logits.astype(jnp.float32) * sampling.temperature", "decoder/test_sampling.py"),
+    ("temperature multiplies", "gqa_jax/sampling.py", "keepdims=True)) / sampling.temperature", "keepdims=True)) * sampling.temperature", "decoder/test_sampling.py"),
     ("rank stabilised scaling is plain", "gqa_jax/lora.py", "(self.rank**0.5 if self.use_rslora else self.rank)", "self.rank", "modules/test_lora.py -k rank_stabilised"),
     ("adapter without its scaling", "gqa_jax/lora.py", "jnp.asarray(self.scaling, dtype)", "jnp.asarray(1.0, dtype)", "modules/test_lora.py -k merge"),
     ("every layer has a window", "gqa_jax/layer_pattern.py", "tuple(not skipped for skipped in full)", "tuple(True for skipped in full)", "modules/test_self_attention_options.py -k layer_patterns"),
