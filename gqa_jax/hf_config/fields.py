@@ -123,7 +123,7 @@ class Fields:
         """Reads a field of which only `allowed` values (the first if absent) are supported."""
         value = self._left.pop(name, None)
         if not any(value is None or (type(value) is type(a) and value == a) for a in allowed):
-            raise _wrong(name, " or ".join(map(repr, allowed)) + " to be supported", value)
+            raise _wrong(name, " or ".join(map(short, allowed)) + " to be supported", value)
 
     def drop(self, *names: str) -> None:
         """Fields that have no meaning next to another one."""

@@ -214,6 +214,8 @@ def _read_layers(
                     "`config.use_sliding_window` and `config.sliding_window` must be set when "
                     "`config.layer_types` has sliding_attention"
                 )
+    if not family.hybrid and family.windows != "per_layer":
+        fields.expect("layer_types", layers)
     if wrong := [kind for kind in layers if not isinstance(kind, str)]:
         raise ValueError(f"`config.layer_types` must hold strings, got {short(wrong[0])}")
     if len(layers) != num_layers:

@@ -114,6 +114,7 @@ REFUSED = [
     ("no norm of queries", "Qwen3-Coder-30B-A3B-Instruct", {"use_qk_norm": False}),
     ("a bias", "Qwen3-Coder-30B-A3B-Instruct", {"qkv_bias": True}),
     ("image positions", "Qwen2.5-0.5B", {"use_mrope": True}),
+    ("windows of Llama", "TinyLlama-1.1B-Chat-v1.0", {"layer_types": ["sliding_attention"] * 22}),
     ("windows", "Qwen3-Next-80B-A3B-Instruct", {"use_sliding_window": True}),
     ("not a number", "Qwen3-0.6B", {"some_factor": float("nan")}),
 ]
@@ -136,6 +137,7 @@ def test_what_could_matter_is_refused_and_can_be_ignored(name, changes):
 def test_unknown_fields_that_say_nothing_pass():
     values = PUBLISHED["Llama-3.2-1B"]
     nothing = {"a": None, "b": False, "c": 0, "d": 0.0, "e": "", "f": [], "g": {}}
+    nothing |= {"layer_types": ["full_attention"] * 16}
     bookkeeping = {"_h": 1, "unsloth_i": "x", "transformers.js_config": {"j": 1}, "k_token_id": 7}
     plain = DecoderConfig.from_hf(values)
     assert DecoderConfig.from_hf(values | nothing | bookkeeping) == plain
