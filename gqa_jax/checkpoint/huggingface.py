@@ -96,9 +96,9 @@ def _check_counts(
     prefix = f"{dialect.prefix}layers."
     held = {name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)}
     if held != {str(i) for i in range(len(config.layers))}:
+        found = listed(sorted(held, key=lambda i: (len(i), i))) or "none"
         raise ValueError(
-            f"`config` has {len(config.layers)} layers, the checkpoint holds tensors of {len(held)}: "
-            f"{listed(sorted(held, key=lambda i: (len(i), i)))}"
+            f"`config` has {len(config.layers)} layers, the checkpoint holds tensors of {len(held)}: {found}"
         )
     if config.moe is not None and not dialect.fused_experts:
         experts = config.moe.num_experts * sum(map(config.is_moe, range(len(config.layers))))
