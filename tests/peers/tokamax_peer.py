@@ -15,12 +15,21 @@ def forward(
 ):  # fmt: skip
     """tokamax's arguments, `[*B, T, H, D]`; we have our own dropout, and our precision is always the highest."""
     del self, precision, logits_dtype, dropout_rate, config
-    if dropout_mask is not None or paging_info is not None or return_residuals or not normalize_output:
-        raise NotImplementedError("dropout masks, pages, residuals and unnormalised outputs are not ours")
+    if (
+        dropout_mask is not None
+        or paging_info is not None
+        or return_residuals
+        or not normalize_output
+    ):
+        raise NotImplementedError(
+            "dropout masks, pages, residuals and unnormalised outputs are not ours"
+        )
     q, k, v = map(quantization.as_array, (q, k, v))
     rows, (length, heads, _), keys = q.shape[:-3], q.shape[-3:], k.shape[-3]
     flat = lambda x: x.reshape(-1, *x.shape[-3:])
-    whole = lambda x: None if x is None else flat(jax.numpy.broadcast_to(x, (*rows, heads, length, keys)))
+    whole = lambda x: (
+        None if x is None else flat(jax.numpy.broadcast_to(x, (*rows, heads, length, keys)))
+    )
     visible = mask.as_array(
         length if q_indices is None else q_indices, keys if k_indices is None else k_indices
     )
