@@ -6,8 +6,9 @@ not depend on the mesh it was trained on.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -234,7 +235,7 @@ def parameter_spec(
       overrides: end of a path -> spec, before the rules.
 
     Raises:
-      ValueError: no rule for the path (nothing is replicated in silence), or a size that its axes do not divide.
+      ValueError: no rule for the path (no parameter is replicated in silence), or a size that its axes do not divide.
     """
     for suffix, given in (overrides or {}).items():
         if path == suffix or path.endswith("." + suffix):
@@ -299,19 +300,63 @@ def _rule(path: str) -> str:
         if path == key or path.endswith("." + key):
             return key
     raise ValueError(
-        f"`overrides` must give a PartitionSpec for {path!r}: it has no rule, and nothing is replicated in silence"
+        f"`overrides` must give a PartitionSpec for {path!r}: it has no rule, and no parameter is replicated in silence"
     )
 
 
 def parameter_specs(
     tree: Any, axes: MeshAxes, mesh, *, overrides: Mapping[str, PartitionSpec] | None = None
 ) -> list[PartitionSpec]:
-    """`parameter_spec` of every leaf of a module, its state or its optimizer, in the order of `jax.tree.leaves`."""
+    """The spec of every leaf of a module, its state or its optimizer, in the order of `jax.tree.leaves`.
+
+    Parameters lie as `parameter_spec` says. In an optimizer's state (below a NamedTuple, as Optax makes them, or a name
+    `opt_state`) an array of its parameter's shape lies as that parameter, one that lacks some of its dimensions
+    (Adafactor's rows and columns, SM3's covers) as the dimensions that it has, and what belongs to no parameter
+    (counts, coefficients) is replicated. Which dimensions it lacks is only known if the tree holds the parameters too,
+    as a `TrainState` does; otherwise it is replicated.
+    """
     check_axes(axes, mesh)
+    leaves = list(_named_leaves(tree))
+    spec_of = functools.partial(parameter_spec, axes=axes, mesh=mesh, overrides=overrides)
+    shapes = {name: leaf.shape for name, leaf, in_state in leaves if not in_state}
+    # An optimizer's state names parameters as the tree did that it was made for.
+    shapes |= {name.removeprefix("params."): shape for name, shape in shapes.items()}
+    state_spec = functools.partial(_state_spec, shapes=shapes, spec_of=spec_of)
     return [
-        parameter_spec(path_name(path), leaf.shape, axes, mesh, overrides=overrides)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        (state_spec if in_state else spec_of)(name, leaf.shape) for name, leaf, in_state in leaves
     ]
+
+
+def _named_leaves(tree: Any) -> Iterator[tuple[str, Any, bool]]:
+    """(path, leaf, whether it is in an optimizer's state)."""
+    is_state = lambda node: isinstance(node, tuple) and hasattr(node, "_fields")
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_state):
+        for rest, leaf in jax.tree_util.tree_leaves_with_path(node):
+            name = path_name((*path, *rest))
+            yield name, leaf, is_state(node) or "opt_state" in name.split(".")
+
+
+def _state_spec(
+    name: str, shape: tuple[int, ...], *, shapes: Mapping[str, tuple[int, ...]], spec_of: Callable
+) -> PartitionSpec:
+    """Of an array in an optimizer's state, whose path holds that of its parameter, if it has one in `shapes`."""
+    parts = name.split(".")
+    starts = range(len(parts))
+    inside = (".".join(parts[i:end]) for i in starts for end in range(len(parts), i, -1))
+    parameter = next((path for path in inside if path in shapes), None)
+    if parameter is None:
+        try:
+            return spec_of(name, shape)
+        except ValueError:  # no moment of a parameter
+            return PartitionSpec()
+    whole, full = spec_of(parameter, shapes[parameter]), shapes[parameter]
+    entries, at = [], 0
+    for length in shape:
+        if length not in full[at:]:
+            return PartitionSpec()
+        at = full.index(length, at) + 1
+        entries.append(whole[at - 1] if at <= len(whole) else None)
+    return PartitionSpec(*entries)
 
 
 def parameter_shardings(
@@ -327,6 +372,8 @@ def parameter_shardings(
 
     Raises:
       ValueError: as `parameter_spec`.
+
+    An optimizer's state lies as `parameter_specs` says.
     """
     specs = parameter_specs(tree, axes, mesh, overrides=overrides)
     shardings = [NamedSharding(mesh, spec) for spec in specs]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -88,7 +88,12 @@ class TrainState:
 
     @classmethod
     def create_on_mesh(
-        cls, build: Callable[[], Decoder], optimizer: optax.GradientTransformation, mesh: Any
+        cls,
+        build: Callable[[], Decoder],
+        optimizer: optax.GradientTransformation,
+        mesh: Any,
+        *,
+        overrides: Mapping[str, jax.P] | None = None,
     ) -> "TrainState":
         """The same, made where it will lie: a device, or a process of many, never holds more than its shards.
 
@@ -96,6 +101,7 @@ class TrainState:
           build: makes the decoder, with `axes`.
           optimizer: of the state.
           mesh: concrete, with those axes; it may span processes, which then all call this.
+          overrides: end of a path -> PartitionSpec, before the rules of `sharding.parameter_specs`.
 
         Raises:
           ValueError: a decoder without `axes`, or as `sharding.parameter_spec`.
@@ -108,7 +114,7 @@ class TrainState:
         axes = abstract.decoder.axes
         if axes is None:
             raise ValueError("`build` must make a decoder with `axes`, got axes=None")
-        shardings = sharding.parameter_shardings(abstract, mesh, axes)
+        shardings = sharding.parameter_shardings(abstract, mesh, axes, overrides=overrides)
         return jax.jit(make, out_shardings=shardings)()
 
     @property

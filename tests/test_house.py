@@ -139,6 +139,7 @@ LINES = {"mosaic_gpu_fwd": 600}
 # path -> budget; each has its reason in docs/DESIGN.md, "Budgets exceeded".
 OVER_BUDGET: dict[str, int] = {
     "pallas_kernels/attention/api.py": 480,
+    "gqa_jax/sharding.py": 440,
 }
 AXIS_POLICY = ("gqa_jax/sharding.py", "gqa_jax/context_parallel/", "gqa_jax/tensor_parallel/")
 

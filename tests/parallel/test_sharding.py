@@ -1,11 +1,13 @@
 """Which mesh axis splits what: nothing is replicated in silence, nothing is cut inside a group, errors name numbers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -22,7 +24,8 @@ from gqa_jax import (
 from gqa_jax.context_parallel import ContextParallel, from_layout, to_layout
 from gqa_jax.mlp import MLP
 from gqa_jax.sharding import MeshAxes
-from tests.support.compare import assert_bitwise_equal
+from gqa_jax.training import TrainState, train_step
+from tests.support.compare import assert_bitwise_equal, assert_close
 from tests.support.meshes import mesh
 
 ATTENTION = AttentionConfig(
@@ -183,3 +186,133 @@ def test_layout_and_back(layout):
         ValueError, match="`layout` must be 'contiguous' or 'zigzag', got 'positions'"
     ):
         to_layout(batch, axis_size=3, layout="positions")
+
+
+# Optimizers ---------------------------------------------------------------------------------------------------------
+
+SMALL = DecoderConfig(
+    vocab_size=40, model_dim=16, layers=("full_attention",), intermediate_size=24, tie_embeddings=True,
+    attention=AttentionConfig(model_dim=16, num_heads=4, num_kv_heads=2, head_dim=8),
+)  # fmt: skip
+AXES = MeshAxes(batch="dp", embed="dp", heads="tp")
+
+
+def by_part(params):
+    """Labels for `optax.partition`: embeddings, mlp, attention and the rest go to an optimizer each."""
+    parts = ("embed", "mlp.", "mixer.")
+
+    def label(path, _):
+        name = sharding.path_name(path)
+        return next((part for part in parts if part in name), "rest")
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+ADAFACTOR = optax.adafactor(1e-2, min_dim_size_to_factor=4)
+EVERY_KIND = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.partition(
+        {
+            "embed": ADAFACTOR,
+            "mlp.": optax.contrib.muon(1e-2),
+            "mixer.": optax.sm3(1e-2),
+            "rest": optax.inject_hyperparams(optax.adamw)(optax.linear_schedule(1e-2, 1e-3, 5)),
+        },
+        by_part,
+    ),
+    optax.masked(optax.trace(0.9), lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+)
+
+
+@pytest.mark.usefixtures("loose_promotion")
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(EVERY_KIND, id="every_kind"),
+        *(
+            pytest.param(optimizer, id=name, marks=pytest.mark.slow)
+            for name, optimizer in dict(
+                adafactor=ADAFACTOR, muon=optax.contrib.muon(1e-2), sm3=optax.sm3(1e-2), lion=optax.lion(1e-3),
+                momentum=optax.sgd(1e-2, momentum=0.9), adamw=optax.adamw(1e-2),
+            ).items()
+        ),
+    ],
+)  # fmt: skip
+def test_optimizers_train_on_a_mesh_as_on_one_device(optimizer):
+    the_mesh = mesh("auto", dp=4, tp=2)
+    rng = np.random.default_rng(0)
+    batches = [rng.integers(0, 40, (4, 9)).astype(np.int32) for _ in range(3)]
+    alone = TrainState.create(Decoder(SMALL, rngs=nnx.Rngs(0)), optimizer)
+    with jax.set_mesh(the_mesh):
+        spread = TrainState.create_on_mesh(
+            lambda: Decoder(SMALL, rngs=nnx.Rngs(0), axes=AXES), optimizer, the_mesh
+        )
+        before = jax.tree.map(lambda x: np.asarray(x), spread.params)
+        for tokens in batches:
+            alone, expected, _ = train_step(alone, tokens, optimizer=optimizer)
+            there = jax.device_put(tokens, jax.NamedSharding(the_mesh, AXES.tokens))
+            spread, loss, _ = train_step(spread, there, optimizer=optimizer)
+            assert_close(loss, expected, atol=2e-6)
+    for got, want, old in zip(
+        *map(jax.tree.leaves, (spread.params, alone.params, before)), strict=True
+    ):
+        assert_close(got, want, atol=2e-5)
+        assert np.abs(np.asarray(want) - old).max() > 1e-3
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("optimizer", [ADAFACTOR, EVERY_KIND], ids=["adafactor", "every_kind"])
+def test_an_optimizers_state_lies_as_its_parameters(optimizer, scan):
+    """Moments of a parameter's shape are split as it is; those with fewer dimensions as those that they have."""
+    config = dataclasses.replace(HYBRID, scan_layers=scan)
+    the_mesh, axes = mesh("auto", dp=2, tp=2), MeshAxes(batch="dp", embed="dp", heads="tp")
+    state = nnx.eval_shape(
+        lambda: TrainState.create(Decoder(config, rngs=nnx.Rngs(0), axes=axes), optimizer)
+    )
+    specs = sharding.parameter_specs(state, axes, the_mesh)
+    placed = {}
+    for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(state), specs, strict=True):
+        jax.NamedSharding(the_mesh, spec).shard_shape(leaf.shape)  # raises if it does not fit
+        placed[sharding.path_name(path)] = (leaf.shape, tuple(spec))
+    params = {n.removeprefix("params."): v for n, v in placed.items() if n.startswith("params.")}
+    moments = {n: v for n, v in placed.items() if n.startswith("opt_state.")}
+    for name, (shape, spec) in moments.items():
+        owner = [value for n, value in params.items() if name.endswith("." + n)]
+        if owner and owner[0][0] == shape:
+            assert spec == owner[0][1], name
+    embedding = {
+        name.split(".embed.embedding")[0].split(".")[-1] + name.split("embedding")[1]: value
+        for name, value in moments.items()
+        if ".embed.embedding" in name
+    }
+    assert embedding["v_row"] == ((32,), ("dp",))
+    assert embedding["v_col"] == ((64,), ("tp",))
+    covers = [v for name, v in moments.items() if "qkv.kernel.value" in name]  # of SM3
+    assert not covers or ((32,), ("dp",)) in covers
+    assert not covers or scan or ((2,), ("tp",)) in covers  # there are as many layers as groups
+    alone = sharding.parameter_specs(state.opt_state, axes, the_mesh)  # without the parameters
+    for leaf, spec in zip(jax.tree.leaves(state.opt_state), alone, strict=True):
+        jax.NamedSharding(the_mesh, spec).shard_shape(leaf.shape)
+
+
+def test_the_advice_of_the_error_can_be_followed():
+    the_mesh = mesh("auto", tp=2)
+
+    class Odd(nnx.Module):
+        axes = MeshAxes(heads="tp")
+
+        def __init__(self):
+            self.strange = nnx.Param(jnp.zeros((4, 2)))
+
+    create = functools.partial(TrainState.create_on_mesh, Odd, ADAFACTOR, the_mesh)
+    with pytest.raises(ValueError, match="`overrides` must give a PartitionSpec for 'params.stran"):
+        create()
+    state = create(overrides={"strange": P("tp")})
+    factored = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (4, 2)]
+    for leaf in (state.params["strange"][...], *factored):
+        assert leaf.sharding.spec == P("tp", None) or leaf.sharding.spec == P("tp")
+    assert factored
+    with pytest.raises(ValueError, match="`qkv.kernel` must have 4 dimensions"):  # a parameter
+        sharding.parameter_specs(
+            {"qkv": {"kernel": jnp.ones((2, 3))}}, AXES, mesh("auto", dp=4, tp=2)
+        )
