@@ -101,7 +101,7 @@ class TrainState:
           build: makes the decoder, with `axes`.
           optimizer: of the state.
           mesh: concrete, with those axes; it may span processes, which then all call this.
-          overrides: end of a path -> PartitionSpec, before the rules of `sharding.parameter_specs`.
+          overrides: end of a path -> how it lies, before the rules of `sharding.parameter_specs`.
 
         Raises:
           ValueError: a decoder without `axes`, or as `sharding.parameter_spec`.
