@@ -1,6 +1,7 @@
 """`config.json` files as their authors published them: read, built as transformers builds them, refused where due.
 
-`published_configs.json` holds their whole field sets, sizes included: facts about public repositories.
+`published_configs.json` holds field sets and sizes: dumps of such files that stand in public repositories, and for some
+releases a dump with the fields changed in which the release differs.
 """
 
 import json
