@@ -291,7 +291,9 @@ class SelfAttention(nnx.Module):
           ValueError: shapes that do not fit, or a cache too short. Inside `jit`, where lengths cannot be read,
             rows that overflow return NaN instead.
         """
-        lengths = check_step(x, cache, lengths)
+        sizes = (self.config.num_kv_heads, None, self.config.head_dim)
+        rows: dict = dict(key=sizes, value=sizes)
+        lengths = check_step(x, cache, lengths, width=self.config.model_dim, rows=rows)
         positions = as_int32("positions", positions)
         if self.axes is not None:
             return tensor_parallel.step(self, x, cache, lengths=lengths, positions=positions)

@@ -52,6 +52,9 @@ def check_token_range(tokens: Array, vocab_size: int, real: Array | None) -> Non
 
 def check_cache(cache: tuple, num_entries: int, tokens: Array, lengths: Any) -> Any:
     """`lengths` as int32, or None; raises unless `tokens` and `lengths` fit the cache, whose entries may be stacked."""
+    if not isinstance(cache, tuple | list) or not all(hasattr(e, "batch_size") for e in cache):
+        kind = type(cache).__name__
+        raise TypeError(f"`cache` must be a tuple of caches, as `init_cache` made, got {kind}")
     if len(cache) != num_entries:
         raise ValueError(
             f"`cache` must have {num_entries} entries, as `init_cache` made, got {len(cache)}"

@@ -233,8 +233,10 @@ class GatedDeltaNet(nnx.Module):
         Raises:
           ValueError: shapes that do not fit.
         """
-        lengths = check_step(x, cache, lengths)
-        self._check_width(x)
+        config = self.config
+        state = (config.num_value_heads, config.key_head_dim, config.value_head_dim)
+        rows: dict = dict(conv=self.conv.kernel.shape, state=state)
+        lengths = check_step(x, cache, lengths, width=config.model_dim, rows=rows)
         if self.axes is not None:
             return tensor_parallel.step(self, x, cache, lengths=lengths)
         batch, num_new = x.shape[:2]

@@ -5,6 +5,8 @@ reads them with one einsum and writes them in place. All of them answer to
 
   `append_and_attend(query, key, value, lengths, **logit options) -> Attended(out, cache)`
   `overflowed()`, `reset()`, `rewind(position) -> Rewound(cache, accepted)`
+
+`rewind` and `select_rows` of this package do the same for all layers' caches at once.
 """
 
 from gqa_jax.cache.checks import check_step as check_step
@@ -20,3 +22,4 @@ from gqa_jax.cache.quantized import QuantizedKVCache as QuantizedKVCache
 from gqa_jax.cache.recurrent import GatedDeltaNetState as GatedDeltaNetState
 from gqa_jax.cache.rewinding import Rewound as Rewound
 from gqa_jax.cache.ring import RingKVCache as RingKVCache
+from gqa_jax.cache.rows import select_rows as select_rows

@@ -14,20 +14,37 @@ LOST = (
 )  # the length of a lost row: more than any capacity, and further steps do not make it wrap round
 
 
-def check_step(x: Any, cache: Any, lengths: Any) -> Any:
+Rows = dict[str, tuple[int | None, ...]]
+
+
+def check_step(x: Any, cache: Any, lengths: Any, *, width: int, rows: Rows) -> Any:
     """`lengths` as int32, or None; raises for a step that cannot be right, before anything is computed.
 
+    Args:
+      x, cache, lengths: of the step.
+      width: M.
+      rows: shape of one row of each array that the layer's cache must have; None stands for any size.
+
     Raises:
-      ValueError: the batch is not the cache's, `lengths` has the wrong shape or range, or (where the cache's
-        lengths can be read) a row would overflow.
-      TypeError: `x` is no array of floats, `lengths` no array of integers.
+      ValueError: `x` or `lengths` has the wrong shape or range, the cache is of other sizes, or (where its lengths can
+        be read) a row would overflow.
+      TypeError: `x` is no array of floats, `lengths` no array of integers, `cache` another layer's or no cache.
     """
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise TypeError(f"`x` must be an array, got {type(x).__name__}")
-    if x.ndim != 3 or x.shape[1] < 1:
-        raise ValueError(f"`x` must have shape [B, T, M] with T >= 1, got {x.shape}")
+    if x.ndim != 3 or x.shape[1] < 1 or x.shape[2] != width:
+        raise ValueError(f"`x` must have shape [B, T, M={width}] with T >= 1, got {x.shape}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`x` must be floating point, got {x.dtype}")
+    for name, row in rows.items():
+        held = getattr(cache, name, None)
+        if held is None or not hasattr(cache, "batch_size"):
+            kind = type(cache).__name__
+            raise TypeError(f"`cache` must be what this layer's `init_cache` made, got {kind}")
+        sizes = zip((None, *row), held.shape, strict=False)
+        if held.ndim != 1 + len(row) or any(want not in (None, size) for want, size in sizes):
+            expected = ", ".join("any" if size is None else str(size) for size in (None, *row))
+            raise ValueError(f"`cache.{name}` must have shape [{expected}], got {held.shape}")
     if x.shape[0] != cache.batch_size:
         raise ValueError(
             f"`x` must have the cache's batch size {cache.batch_size}, got {x.shape[0]} rows"

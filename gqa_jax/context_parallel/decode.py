@@ -32,6 +32,16 @@ class SpreadKVCache:
         return self.part.length
 
     @property
+    def key(self) -> Array:
+        """This device's."""
+        return self.part.key
+
+    @property
+    def value(self) -> Array:
+        """This device's."""
+        return self.part.value
+
+    @property
     def batch_size(self) -> int:
         """B."""
         return self.part.batch_size
