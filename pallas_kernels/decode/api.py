@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch
@@ -34,7 +35,8 @@ def decode_attention(
       key_cache: `[B, K, S, D]` head-major, the T new keys already written; any float, float8 or int8. What stands
         behind `lengths[b]` is not seen, whatever it is.
       value_cache: `[B, K, S, Dv]`; its dtype may differ from that of `key_cache`.
-      lengths: `[B]` integer, tokens in the cache of each row, the T new ones included; at most S.
+      lengths: `[B]` integer, tokens in the cache of each row, the T new ones included. A query at a position of S or
+        more, whose own key is not there, gives NaN; a row of no others is refused where its length can be read.
       key_scale, value_scale: `[B, K, S]` float, one scale per kv head and token; an int8 cache needs its own.
       sliding_window: exactly this many keys are visible, self included.
       sinks: `[N]` float, one more logit per head that takes softmax mass and gives nothing.
@@ -75,7 +77,11 @@ def decode_attention(
     )
     options = algebra.Options(window, logits_soft_cap, scale)
     run = reference if chosen == "reference" else vjp
-    return run.decode_attention(jax.tree.map(jnp.asarray, operands), options)
+    operands = jax.tree.map(jnp.asarray, operands)
+    out = run.decode_attention(operands, options)
+    before = jnp.arange(-query.shape[1], 0, dtype=jnp.int32)
+    outside = operands.lengths[:, None] + before[None, :] >= key_cache.shape[2]
+    return jnp.where(outside[..., None, None], jnp.asarray(jnp.nan, out.dtype), out)
 
 
 def _reasons() -> dict[str, str | None]:
@@ -96,6 +102,12 @@ def _check(query, key_cache, value_cache, lengths, key_scale, value_scale, sinks
         raise ValueError(f"`query` must hold 1 to {MAX_NEW_TOKENS} tokens, got T={sizes['T']}")
     if sizes["S"] < sizes["T"]:
         raise ValueError(f"`key_cache` must hold at least T={sizes['T']} slots, got S={sizes['S']}")
+    if not isinstance(lengths, jax.core.Tracer | jax.ShapeDtypeStruct):
+        outside = np.asarray(lengths)[np.asarray(lengths) >= sizes["S"] + sizes["T"]]
+        if outside.size:
+            raise ValueError(
+                f"`lengths` must be at most S={sizes['S']} for some query, got {outside[0]}"
+            )
     for name, scale_name, cache, scales in (
         ("key_cache", "key_scale", key_cache, key_scale),
         ("value_cache", "value_scale", value_cache, value_scale),

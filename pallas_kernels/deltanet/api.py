@@ -69,7 +69,8 @@ def gated_deltanet_step(
       conv_bias: `[Hk, C]`.
       A_log, dt_bias: `[Hk, n]`.
       lengths: `[B]` in [0, T], how many tokens of each row are real; None means all. The others may hold anything,
-        leave both states untouched and have output 0.
+        leave both states untouched and have output 0. A number outside [0, T] is refused; inside `jit` its row
+        has output NaN and both states stay.
       slots: `[B]`, each row's place in both pools, all different; -1 (or any number outside the pools) is a padding
         row, which changes no state and yields 0.
       scale: multiplies the output; None means `Dk ** -0.5`.
@@ -118,7 +119,13 @@ def gated_deltanet_step(
     state = jnp.asarray(state).astype(step.state_dtype(state, mixed))
     inputs, slots = jax.tree.map(jnp.asarray, (inputs, slots))
     inputs, state, slots = _sharding.vary_alike((inputs, state, slots))
+    bad = None
+    if isinstance(inputs.lengths, jax.core.Tracer):
+        bad = (inputs.lengths < 0) | (inputs.lengths > inputs.mixed.shape[1])
+        inputs = inputs._replace(lengths=jnp.where(bad, 0, inputs.lengths))
     out, after, states, windows = step.run(chosen, options, inputs, state, slots)
+    if bad is not None:
+        out = jnp.where(bad[:, None, None, None], jnp.asarray(jnp.nan, out.dtype), out)
     return GatedDeltaNetStepOutput(out, after, windows, states)
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (one line per refusal)
 """Rows of caches: selected, lost inside `jit`, handed on clean; what is hidden in a cache reaches nobody."""
 
 import dataclasses
@@ -77,7 +78,9 @@ def test_what_an_earlier_request_left_reaches_nobody(kind):
     for num_new in (5, 20):
         lengths = jnp.asarray([num_new, 3, 2])
         x = draw(num_new, 3, num_new, 16)
-        padded = jnp.where((jnp.arange(num_new) < lengths[:, None])[..., None], x, jnp.nan)
+        padded = jnp.where(
+            (np.arange(num_new) < np.asarray(lengths)[:, None])[..., None], x, jnp.nan
+        )
         expected, after = STEP(layer, x, clean, lengths)
         wanted, _ = STEP(layer, x, after, lengths)
         for emptied in (used.reset(), rewind((used,), 0).cache[0]):
@@ -85,7 +88,9 @@ def test_what_an_earlier_request_left_reaches_nobody(kind):
             more, _ = STEP(layer, padded, held, lengths)
             for row, real in enumerate(lengths.tolist()):
                 assert_close(out[row, :real], expected[row, :real], atol=1e-6, what=f"row {row}")
-                assert_close(more[row, :real], wanted[row, :real], atol=1e-6, what=f"then, row {row}")
+                assert_close(
+                    more[row, :real], wanted[row, :real], atol=1e-6, what=f"then, row {row}"
+                )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -135,10 +140,10 @@ def test_selected_rows_go_on_as_they_would_have(scan):
 def test_every_kind_of_cache_selects_rows():
     for kind in KINDS:
         layer, cache = build(kind)
-        _, cache = layer.step(draw(0, 3, 6, 16), cache, lengths=jnp.asarray([6, 2, 4]))
+        _, cache = STEP(layer, draw(0, 3, 5, 16), cache, jnp.asarray([5, 2, 4]))
         jax.tree.map(
             lambda a, b: assert_bitwise_equal(a, np.asarray(b)[[1, 1, 2]]),
-            select_rows((cache,), jnp.asarray([1, 1, 2]))[0], cache,
+            jax.jit(select_rows)((cache,), jnp.asarray([1, 1, 2]))[0], cache,
         )  # fmt: skip
     for rows, error, message in [
         (jnp.asarray([0, 3]), ValueError, "`rows` must lie in [0, B=3), got 3"),
@@ -199,7 +204,9 @@ def test_decode_lengths_beyond_the_cache():
         out = run(query, held, held, jnp.asarray([17, 300, 9]), implementation=name)
         assert np.isnan(np.asarray(out)).all(axis=(2, 3)).tolist() == [[0, 1], [1, 1], [0, 0]]
         assert_bitwise_equal(out[2], good[2])
-        assert_close(out[0, 0], run(query[:, :1], held, held, jnp.asarray([16, 2, 9]))[0, 0], atol=1e-6)
+        assert_close(
+            out[0, 0], run(query[:, :1], held, held, jnp.asarray([16, 2, 9]))[0, 0], atol=1e-6
+        )
     with pytest.raises(ValueError, match=r"`lengths` must be at most S=16 for some query, got 300"):
         pk.decode_attention(query, held, held, jnp.asarray([17, 300, 9]))
 
