@@ -1,10 +1,11 @@
 """Public decode attention: contract, validation, choice of implementation."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch
@@ -78,7 +79,7 @@ def decode_attention(
     options = algebra.Options(window, logits_soft_cap, scale)
     run = reference if chosen == "reference" else vjp
     operands = jax.tree.map(jnp.asarray, operands)
-    out = run.decode_attention(operands, options)
+    out: Any = run.decode_attention(operands, options)
     before = jnp.arange(-query.shape[1], 0, dtype=jnp.int32)
     outside = operands.lengths[:, None] + before[None, :] >= key_cache.shape[2]
     return jnp.where(outside[..., None, None], jnp.asarray(jnp.nan, out.dtype), out)
@@ -102,7 +103,7 @@ def _check(query, key_cache, value_cache, lengths, key_scale, value_scale, sinks
         raise ValueError(f"`query` must hold 1 to {MAX_NEW_TOKENS} tokens, got T={sizes['T']}")
     if sizes["S"] < sizes["T"]:
         raise ValueError(f"`key_cache` must hold at least T={sizes['T']} slots, got S={sizes['S']}")
-    if not isinstance(lengths, jax.core.Tracer | jax.ShapeDtypeStruct):
+    if not isinstance(lengths, Tracer | jax.ShapeDtypeStruct):
         outside = np.asarray(lengths)[np.asarray(lengths) >= sizes["S"] + sizes["T"]]
         if outside.size:
             raise ValueError(
