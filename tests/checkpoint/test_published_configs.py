@@ -1,7 +1,7 @@
-"""`config.json` files as their authors published them: read, built as transformers builds them, refused where due.
+"""`config.json` files as published: read, built as transformers builds them, refused where due.
 
-`published_configs.json` holds field sets and sizes: dumps of such files that stand in public repositories, and for some
-releases a dump with the fields changed in which the release differs.
+`published_configs.json` holds field sets and sizes. Most follow dumps of such files that stand in public repositories;
+some releases (TinyLlama, some Instruct variants, Qwen3-Coder) are a dump with fields changed, or written from memory.
 """
 
 import json
