@@ -9,7 +9,7 @@ from torch import Tensor
 # They concern the cache, the loss, what a model collects, or how another implementation computes the same result.
 _INERT = frozenset(
     (
-        "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "max_length_k", "max_length_q",
+        "cache", "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "max_length_k", "max_length_q",
         "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values",
         "position_ids", "return_dict", "seq_idx", "use_cache",
     )

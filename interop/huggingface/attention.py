@@ -197,4 +197,5 @@ _attention = wrap(
     static_argnames=(
         "dropout_rate", "scale", "is_causal", "sliding_window", "logits_soft_cap", "head_major", "with_weights",
     ),
+    warn_after=128,  # one function serves every model of the process
 )  # fmt: skip

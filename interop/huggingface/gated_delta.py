@@ -132,7 +132,7 @@ def _jax_conv(x, weight, segment_ids, *, bias=None, silu=False):
     ).out
 
 
-_conv = wrap(_jax_conv, name="huggingface_causal_conv1d", static_argnames=("silu",))
+_conv = wrap(_jax_conv, name="huggingface_causal_conv1d", static_argnames=("silu",), warn_after=128)
 
 
 # What a modelling file is given ------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def _decoder_layer(original: Callable) -> Callable:
     @functools.wraps(original)
     def forward(self, hidden_states, *args, **kwargs):
         named = any(kwargs.get(name) is not None for name in ("seq_idx", "cu_seq_lens_q"))
-        cached = kwargs.get("past_key_values") is not None
+        cached = any(kwargs.get(name) is not None for name in ("past_key_values", "cache"))
         looks = not (
             cached and torch.compiler.is_compiling()
         )  # with a cache they are refused, if they are seen
