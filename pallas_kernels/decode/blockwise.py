@@ -26,10 +26,16 @@ def decode_attention(operands: algebra.Operands, options: algebra.Options):
     grouped = operands.query.reshape(batch, num_new, num_kv_heads, group, head_dim)
     rows = grouped.transpose(0, 2, 1, 3, 4).reshape(batch, num_kv_heads, num_new * group, head_dim)
     seen = algebra.visible(operands.lengths, num_new, capacity, options.sliding_window)
-    of_pair = functools.partial(_pair, operands, options, rows, seen)
+    sinks = None if operands.sinks is None else operands.sinks.reshape(num_kv_heads, group)
+    caches = (operands.key_cache, operands.value_cache, operands.key_scale, operands.value_scale)
+    of_pairs, attend = (rows, *caches), functools.partial(_pair, options)
 
-    def together(pairs):
-        out = jax.vmap(of_pair)(pairs)
+    def of_pair(pair, is_clean=True):
+        b, k = pair
+        taken = jax.tree.map(lambda x: x[b, k], of_pairs)
+        return attend(taken, seen[b], None if sinks is None else sinks[k], is_clean=is_clean)
+
+    def repaired(out, pairs):
         again = functools.partial(jax.lax.map, functools.partial(of_pair, is_clean=False), pairs)
         return jax.lax.cond(jnp.isfinite(out).all(), lambda: out, again)
 
@@ -37,24 +43,37 @@ def decode_attention(operands: algebra.Operands, options: algebra.Options):
     pairs = jnp.divmod(jnp.arange(count), num_kv_heads)
     size = math.gcd(count, tuning.pairs_at_once(count))
     if size == count:
-        out = together(pairs)
+        # By axes, not by indices: a gather of all pairs would be a copy of the caches.
+        of_row = jax.vmap(attend, in_axes=(0, None, 0))
+        out = jax.vmap(of_row, in_axes=(0, 0, None))(of_pairs, seen, sinks)
+        out = repaired(out.reshape(count, *out.shape[2:]), pairs)
     else:
-        out = jax.lax.map(together, tuple(index.reshape(-1, size) for index in pairs))
+        few = tuple(index.reshape(-1, size) for index in pairs)
+        out = jax.lax.map(lambda pairs: repaired(jax.vmap(of_pair)(pairs), pairs), few)
     out = out.reshape(batch, num_kv_heads, num_new, group, -1)
     return out.transpose(0, 2, 1, 3, 4).reshape(batch, num_new, num_heads, -1)
 
 
-def _pair(operands: algebra.Operands, options: algebra.Options, rows, seen, pair, is_clean=True):
-    """`[T * R, Dv]` of one row and kv head from its queries `rows[b, k]`; `is_clean`: no value is NaN or infinite."""
-    b, k = pair
-    num_new, capacity = seen.shape[1:]
+def _pair(options: algebra.Options, of_pair, seen, sinks, is_clean=True):
+    """`[T * R, Dv]` of one row and kv head.
+
+    Args:
+      options: of the call.
+      of_pair: queries `[T * R, D]`, keys `[S, D]`, values `[S, Dv]` and their scales `[S]` or None.
+      seen: `[T, S]`.
+      sinks: `[R]`, or None.
+      is_clean: no value is NaN or infinite.
+    """
+    rows, key, value, key_scale, value_scale = of_pair
+    num_new, capacity = seen.shape
+    group = rows.shape[0] // num_new
     compute = algebra.compute_dtype(rows.dtype)
 
     def widened(cache):
         narrow = rows.dtype == jnp.bfloat16 and (
             cache.dtype == jnp.bfloat16 or cache.dtype.itemsize == 1
         )
-        return cache[b, k].astype(jnp.bfloat16 if narrow else compute)
+        return cache.astype(jnp.bfloat16 if narrow else compute)
 
     def product(subscripts, left, right):
         return jnp.einsum(
@@ -62,12 +81,12 @@ def _pair(operands: algebra.Operands, options: algebra.Options, rows, seen, pair
             precision="default" if right.dtype == jnp.bfloat16 else "highest",
         )  # fmt: skip
 
-    value, value_scale = widened(operands.value_cache), operands.value_scale
+    value = widened(value)
     if value_scale is not None:
-        value_scale = value_scale[b, k].astype(compute)
-    logits = options.scale * product("qd,sd->qs", rows[b, k], widened(operands.key_cache))
-    if operands.key_scale is not None:
-        logits = logits * operands.key_scale[b, k].astype(compute)[None]
+        value_scale = value_scale.astype(compute)
+    logits = options.scale * product("qd,sd->qs", rows, widened(key))
+    if key_scale is not None:
+        logits = logits * key_scale.astype(compute)[None]
     if options.logits_soft_cap is not None:
         logits = options.logits_soft_cap * jnp.tanh(logits / options.logits_soft_cap)
     if not is_clean:  # who sees such a token is NaN by its logit
@@ -76,17 +95,16 @@ def _pair(operands: algebra.Operands, options: algebra.Options, rows, seen, pair
         if value_scale is not None:
             finite, value_scale = finite & jnp.isfinite(value_scale), finite_part(value_scale)
         logits = jnp.where(finite[None], logits, jnp.nan)
-    visible = jnp.broadcast_to(seen[b][:, None], (num_new, rows.shape[2] // num_new, capacity))
+    visible = jnp.broadcast_to(seen[:, None], (num_new, group, capacity))
     logits = jnp.where(visible.reshape(logits.shape), logits, -jnp.inf)
     top = logits.max(axis=-1)
-    if operands.sinks is not None:
-        sinks = operands.sinks.reshape(rows.shape[1], -1)[k].astype(compute)
-        sink = jnp.tile(sinks, num_new)
+    if sinks is not None:
+        sink = jnp.tile(sinks.astype(compute), num_new)
         top = jnp.maximum(top, sink)
     top = jnp.where(jnp.isfinite(top), top, 0.0)
     weights = jnp.exp(logits - top[:, None])
     total = weights.sum(axis=-1)
-    if operands.sinks is not None:
+    if sinks is not None:
         total = total + jnp.exp(sink - top)
     if value_scale is not None:
         weights = weights * value_scale[None]

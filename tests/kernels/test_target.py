@@ -79,6 +79,15 @@ def test_a_cpu_compiles_for_a_gpu_what_a_gpu_compiles():
     assert "33" not in trips
 
 
+def test_a_decode_step_for_a_gpu_copies_no_cache():
+    require()
+    cache = struct(8, 2, 2048, 64)
+    report = aot.compile_program(
+        pk.decode_attention, struct(8, 1, 4, 64), cache, cache, struct(8, dtype=jnp.int32)
+    )
+    assert report.temporary_bytes < cache.size * 2 / 4  # logits and weights
+
+
 def test_a_long_row_is_cut_into_lanes_for_a_gpu():
     sizes = dict(B=1, T=262144, Hk=16, Hv=32, Dk=128, Dv=128, sequences=1)
     planned = lambda: delta_rule._plan(
