@@ -16,6 +16,7 @@ from gqa_jax import sharding, tensor_parallel
 from gqa_jax.decoder import Decoder
 from gqa_jax.moe import load_balancing_loss
 from gqa_jax.sharding import MeshAxes
+from pallas_kernels import as_int32
 
 
 def next_token_loss(
@@ -78,11 +79,20 @@ class TrainState:
     def create(cls, decoder: Decoder, optimizer: optax.GradientTransformation) -> "TrainState":
         """The state before the first update. It shares the decoder's arrays, which `train_step` will donate."""
         graphdef, params, rest = nnx.split(decoder, nnx.Param, ...)
+        taken = {id(leaf) for leaf in jax.tree.leaves((params, rest))}
+
+        def own(leaf):
+            """A copy of what is in the state already: an optimizer may keep the parameters, donated once each."""
+            if id(leaf) in taken and isinstance(leaf, jax.Array):
+                return leaf.copy()
+            taken.add(id(leaf))
+            return leaf
+
         return cls(
             graphdef=graphdef,
             params=params,
             rest=rest,
-            opt_state=optimizer.init(params),
+            opt_state=jax.tree.map(own, optimizer.init(params)),
             step=jnp.zeros((), jnp.int32),
         )
 
@@ -175,6 +185,8 @@ def train_step(
         context parallelism without `targets`, or a target of V or more in a NumPy array (in a device's array it makes
         loss and gradient NaN: values there are not waited for).
     """
+    tokens, positions = as_int32("tokens", tokens), as_int32("positions", positions)
+    segment_ids = as_int32("segment_ids", segment_ids)
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise ValueError(f"`tokens` must have shape [B, T] with T >= 2, got {tokens.shape}")
     for name, array in (("targets", targets), ("segment_ids", segment_ids)):

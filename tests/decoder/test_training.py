@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 from gqa_jax import Decoder
@@ -151,7 +152,7 @@ def test_a_step_ignores_negative_targets_and_refuses_those_outside_the_vocabular
     tokens = rng.integers(0, 40, (2, 7)).astype(np.int32)
     targets = rng.integers(0, 40, (2, 7))
     targets[:, ::2] = -100
-    segments = np.array([[0] * 7, [0] * 4 + [-1] * 3], np.int32)
+    segments = np.array([[0] * 7, [0] * 4 + [-1] * 3])
     state = TrainState.create(build(SMALL, 4), optimizer)
     logits = jax.jit(Decoder.__call__)(state.decoder, jnp.asarray(tokens), segment_ids=segments)
     expected, _ = by_hand(logits, np.where(segments < 0, -1, targets))
@@ -163,6 +164,13 @@ def test_a_step_ignores_negative_targets_and_refuses_those_outside_the_vocabular
             train_step(state, tokens, optimizer=optimizer, targets=torn, segment_ids=segments)
     with pytest.raises(ValueError, match=re.escape("`segment_ids` must have shape (2, 7), got")):
         train_step(state, tokens, optimizer=optimizer, segment_ids=segments[:, :6])
+    far = {
+        "segment_ids": segments + 2**32,
+        "tokens": tokens.astype(np.int64) + 2**32,
+    }  # 64 bits are not cut to 32
+    for name, ids in far.items():
+        with pytest.raises(ValueError, match=f"`{name}` must fit int32"):
+            train_step(state, **({"tokens": tokens} | {name: ids}), optimizer=optimizer)
     options = dict(optimizer=optimizer, segment_ids=segments)
     state, loss, norm = train_step(state, tokens, targets=targets, **options)
     assert_close(loss, expected, atol=1e-5)
@@ -191,6 +199,15 @@ def test_thirty_steps_learn_and_the_state_is_donated():
     state, *_ = train_step(state, tokens, optimizer=optimizer, update_scale=np.float32(0.0))
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(same), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_an_optimizer_that_keeps_the_parameters_owns_its_copy():
+    """Donated twice, a buffer would be an error: schedule-free averages start at the parameters themselves."""
+    optimizer = optax.contrib.schedule_free(optax.sgd(0.1), learning_rate=0.1)
+    state = TrainState.create(build(SMALL, 1), optimizer)
+    leaves = jax.tree.leaves((state.params, state.opt_state))
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in leaves if isinstance(leaf, jax.Array)]
+    assert len(set(buffers)) == len(buffers)
 
 
 def test_mixture_is_balanced_and_padding_does_not_count():
