@@ -9,41 +9,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from gqa_jax import qk_clip, tensor_parallel
+from gqa_jax import dropout, masks, qk_clip, tensor_parallel
 from gqa_jax.cache import AttentionCache, Policy, allocate, check_step
 from gqa_jax.config import AttentionConfig
-from gqa_jax.context_parallel import ContextParallel, context_attention
-from gqa_jax.norms import L2Norm, RMSNorm
+from gqa_jax.context_parallel import ContextParallel, context_attention, row_marks
+from gqa_jax.layer_checks import check_call
+from gqa_jax.norms import check_injected_norms, head_norm
 from gqa_jax.projection import Projection
 from gqa_jax.rotary import apply_rotary, rotary_tables
 from gqa_jax.sharding import MeshAxes
 from pallas_kernels import as_int32, gqa_attention, gqa_attention_qkv
-
-
-def head_norm(config: AttentionConfig, param_dtype) -> nnx.Module | None:
-    """The configured norm of queries or keys."""
-    match config.qk_norm:
-        case "none":
-            return None
-        case "l2":
-            return L2Norm(eps=config.norm_eps)
-        case kind:
-            return RMSNorm(
-                config.head_dim,
-                eps=config.norm_eps,
-                zero_centred=kind == "rms_zero_centred",
-                param_dtype=param_dtype,
-            )
-
-
-def check_injected_norms(config: AttentionConfig, q_norm, k_norm) -> None:
-    """Raises `ValueError` for one norm without the other, or norms that the config does not know of."""
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("`q_norm` and `k_norm` must be given together")
-    if q_norm is not None and config.qk_norm == "none":
-        raise ValueError(
-            "`q_norm` and `k_norm` must be None when `config.qk_norm` is 'none': they take the place of its norm"
-        )
 
 
 def gated(out: Array, gate: Array, config: AttentionConfig) -> Array:
@@ -66,6 +41,8 @@ class SelfAttention(nnx.Module):
       out: kernel `[K, R, D, M]`, bias `[M]`.
       q_norm, k_norm: scale `[D]`, or None.
       sinks: `[K, R]` learnable logits, or None.
+      deterministic: False drops attention weights; `train()` and `eval()` set it, a call's own argument goes before.
+      rngs: the stream "dropout" of the constructor's `rngs`, if `config.dropout_rate` is not 0; or None.
     """
 
     def __init__(
@@ -81,12 +58,13 @@ class SelfAttention(nnx.Module):
         out: Callable | None = None,
         q_norm: Callable | None = None,
         k_norm: Callable | None = None,
+        keep_rngs: bool = True,
     ):
-        """Builds the layer.
+        """Builds the layer, with `deterministic` True.
 
         Args:
           config: sizes and switches.
-          rngs: the `params` stream initialises the kernels.
+          rngs: the `params` stream initialises the kernels; a `dropout` stream given by name is kept for calls.
           dtype: dtype of the computation; None takes what inputs and parameters promote to.
           param_dtype: dtype of the parameters.
           axes: names of the mesh axes that calls run on; None for one device.
@@ -94,6 +72,7 @@ class SelfAttention(nnx.Module):
           qkv: an NNX module or callable in place of ours, `[B, T, M] -> [B, T, K, R + 2 (or 2R + 2), D]`.
           out: the same, `[B, T, K, R, D] -> [B, T, M]`.
           q_norm, k_norm: the same, `[B, T, heads, D] -> [B, T, heads, D]`, applied where the config says.
+          keep_rngs: False keeps no stream.
 
         Raises:
           ValueError: one norm without the other, norms while `config.qk_norm` is "none", or one of `axes.seq` and
@@ -126,6 +105,17 @@ class SelfAttention(nnx.Module):
         self.k_norm = k_norm or head_norm(config, param_dtype)
         learnable = config.sinks == "learnable"
         self.sinks = nnx.Param(jnp.zeros((groups, per_group), param_dtype)) if learnable else None
+        self.deterministic = True
+        self.rngs = dropout.kept_stream(rngs, config.dropout_rate, keep=keep_rngs)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """For `nnx.view`.
+
+        Args:
+          deterministic: False drops attention weights.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
 
     def __call__(
         self,
@@ -134,9 +124,10 @@ class SelfAttention(nnx.Module):
         positions: Int[Array, "B T"] | Int[Array, "3 B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B N T T"] | None = None,
-        deterministic: bool = True,
+        deterministic: bool | None = None,
         dropout_key: Array | None = None,
         dropout_offset: tuple[int, int] | Int[Array, "2"] | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
         split_qkv: bool = True,
     ) -> Float[Array, "B T M"]:
         """Attention within each row.
@@ -144,14 +135,17 @@ class SelfAttention(nnx.Module):
         Under `nnx.capture(qk_clip.MaxLogits)` it also records the largest logit of each head (see `qk_clip`).
 
         Args:
-          x: `[B, T, M]`.
-          positions: for the rotary embedding; None means the index in the row. Causality and window go by index.
-          segment_ids: `[B, T]`; tokens attend within equal ids; negative ids are padding.
+          x: `[B, T, M]`; what stands on padding reaches nothing, no gradient either.
+          positions: for the rotary embedding; None counts the tokens of each segment (`masks.positions_in_segments`).
+            Causality and window go by the order of a segment's tokens, whatever stands between them.
+          segment_ids: `[B, T]`; tokens attend within equal ids; negative ids are padding, anywhere.
           mask: `[B or 1, N or 1, T, T]`, True where the query (rows) may attend, besides the rules above.
-          deterministic: False drops attention weights at the configured rate.
-          dropout_key: needed for that. What is dropped does not depend on the mesh.
+          deterministic: False drops attention weights at the configured rate; None asks the module's attribute.
+          dropout_key: by which it drops. What is dropped does not depend on the mesh.
           dropout_offset: (first batch row, first query head) of this call in the whole, for a layer without `axes` in a
             `shard_map` of yours; None means (0, 0).
+          rngs: draws the key, in place of the module's own stream. A stream advances only where its new count comes
+            back: in `nnx.jit` and without `jit`, not in `jax.jit`, to which a new key must be given for each call.
           split_qkv: False hands the fused projection to the operator as it is, for layers that do nothing in between.
 
         Returns:
@@ -162,74 +156,87 @@ class SelfAttention(nnx.Module):
             with a norm, a rotary embedding or a gate.
         """
         config = self.config
-        if x.ndim != 3 or x.shape[-1] != config.model_dim:
-            raise ValueError(f"`x` must have shape [B, T, M={config.model_dim}], got {x.shape}")
-        positions = as_int32("positions", positions)
-        segment_ids = as_int32("segment_ids", segment_ids)
-        dropout_rate = 0.0 if deterministic else config.dropout_rate
-        if dropout_rate > 0.0 and dropout_key is None:
+        positions, segment_ids = check_call(
+            x, config.model_dim, positions=positions, segment_ids=segment_ids, mask=mask
+        )
+        if deterministic is None:
+            deterministic = self.deterministic
+        drop: dict[str, Any] = dict(deterministic=deterministic, dropout_key=dropout_key, rngs=rngs)
+        key = dropout.key_of_call(self.rngs, config.dropout_rate, **drop)
+        marks: dict[str, Any] = dict(positions=positions, segment_ids=segment_ids, mask=mask)
+        marks |= dict(dropout_key=key, split_qkv=split_qkv)
+        if self.axes is None:
+            recording = qk_clip.is_recording(self) and split_qkv
+            out, top = self.attend(x, recording=recording, dropout_offset=dropout_offset, **marks)
+        elif dropout_offset is not None:
             raise ValueError(
-                f"`dropout_key` must be given when deterministic=False and dropout_rate={dropout_rate}"
+                f"`dropout_offset` must be None for a layer with `axes`, which tell it, got {dropout_offset}"
             )
-        if self.axes is not None:
-            if dropout_offset is not None:
-                raise ValueError(
-                    f"`dropout_offset` must be None for a layer with `axes`, which tell it, got {dropout_offset}"
-                )
-            out, top = tensor_parallel.self_attention(
-                self,
-                x,
-                positions=positions,
-                segment_ids=segment_ids,
-                mask=mask,
-                dropout_key=dropout_key if dropout_rate > 0.0 else None,
-                split_qkv=split_qkv,
-            )
-            if top is not None:
-                self._record(top)
-            return out
+        else:
+            out, top = tensor_parallel.self_attention(self, x, **marks)
+        if top is not None:
+            self.sow(qk_clip.MaxLogits, "max_logits", top, capture_noop=True)
+        return out
+
+    def attend(
+        self,
+        x: Array,
+        *,
+        positions: Array | None,
+        segment_ids: Array | None,
+        mask: Array | None,
+        dropout_key: Array | None,
+        dropout_offset: Any,
+        split_qkv: bool,
+        recording: bool,
+    ) -> tuple[Array, Array | None]:
+        """`__call__` on one device, or on this one in a `shard_map`; without `dropout_key` nothing is dropped.
+
+        Returns:
+          the output, and `[K, R]` the largest logits, if `recording`.
+        """
+        config, plan = self.config, self.context_parallel
+        x = masks.hide_padding(x, segment_ids)
+        if not split_qkv:
+            self._check_fused(positions)
+        elif plan is None and positions is None:
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+            if segment_ids is not None:
+                positions = masks.positions_in_segments(segment_ids)
+        order, ids = None, segment_ids
+        if plan is None and ids is not None and config.sliding_window is not None:
+            order = masks.order_by_segment(ids)  # a window counts tokens of the segment
+            x, ids, positions, mask = masks.reordered(order, x, ids, positions, mask)
         options: dict[str, Any] = dict(
             is_causal=config.is_causal,
-            dropout_rate=dropout_rate,
+            dropout_rate=0.0 if dropout_key is None else config.dropout_rate,
             dropout_key=dropout_key,
             dropout_offset=dropout_offset,
             **self._logit_options(),
         )
-        gate = None
-        if split_qkv:
-            if positions is None:
-                positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-            query, key, value, gate = self.project(x, positions)
-            if qk_clip.is_recording(self):
-                self._record(self.largest_logits(query, key, segment_ids=segment_ids, mask=mask))
-            if self.context_parallel is None:
-                out = gqa_attention(
-                    query,
-                    key,
-                    value,
-                    query_segment_ids=segment_ids,
-                    kv_segment_ids=segment_ids,
-                    mask=mask,
-                    **options,
-                )
-            else:
-                out = context_attention(
-                    query,
-                    key,
-                    value,
-                    context_parallel=self.context_parallel,
-                    positions=positions if self.context_parallel.layout == "positions" else None,
-                    segment_ids=segment_ids,
-                    **options,
-                )
-        else:
-            self._check_fused(positions)
+        gate = top = None
+        if not split_qkv:
             fused = checkpoint_name(self.qkv(x), "qkv")
-            out = gqa_attention_qkv(fused, segment_ids=segment_ids, mask=mask, **options)
+            out = gqa_attention_qkv(fused, segment_ids=ids, mask=mask, **options)
+        elif plan is None:
+            assert positions is not None
+            query, key, value, gate = self.project(x, positions)
+            if recording:
+                top = self._largest_logits(query, key, segment_ids=ids, mask=mask)
+            both = dict(query_segment_ids=ids, kv_segment_ids=ids)
+            out = gqa_attention(query, key, value, mask=mask, **both, **options)
+        else:
+            row = row_marks(x, plan, positions=positions, segment_ids=ids)
+            query, key, value, gate = self.project(x, row.rotary)
+            if recording:
+                top = self._largest_logits(query, row.gather(key), **row.of_logits())
+            places = row.places if plan.layout == "positions" else None
+            options |= dict(context_parallel=plan, positions=places, segment_ids=ids)
+            out = context_attention(query, key, value, **options)
         out = self._finish(out, gate)
-        if segment_ids is not None:
-            out = jnp.where((segment_ids < 0)[..., None], jnp.zeros((), out.dtype), out)
-        return out
+        if order is not None:
+            out = masks.take(out, jnp.argsort(order, axis=1))
+        return masks.hide_padding(out, segment_ids), top
 
     def init_cache(
         self,
@@ -325,7 +332,7 @@ class SelfAttention(nnx.Module):
         if found:
             raise ValueError(f"`split_qkv` must be True with {' and '.join(found)}, got False")
 
-    def largest_logits(
+    def _largest_logits(
         self, query: Array, key: Array, **marks: Array | None
     ) -> Float[Array, "K R"]:
         """`qk_clip.max_logits` with the layer's scale, causality and window."""
@@ -338,9 +345,6 @@ class SelfAttention(nnx.Module):
             sliding_window=config.sliding_window,
             **marks,
         )
-
-    def _record(self, top: Float[Array, "K R"]) -> None:
-        self.sow(qk_clip.MaxLogits, "max_logits", top, capture_noop=True)
 
     def _logit_options(self) -> dict:
         config = self.config

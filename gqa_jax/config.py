@@ -241,6 +241,7 @@ class GatedDeltaNetConfig:
         require(
             0 < low <= high, f"`A_init_range` must satisfy 0 < low <= high, got {self.A_init_range}"
         )
+        require_positive(self, "chunk_size")
         require(
             self.chunk_size in (None, *CHUNK_SIZES),
             f"`chunk_size` must be None or one of {CHUNK_SIZES}, got {self.chunk_size}",

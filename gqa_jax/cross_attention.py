@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from gqa_jax import tensor_parallel
-from gqa_jax.attention import check_injected_norms, gated, head_norm
+from gqa_jax import dropout, masks, tensor_parallel
+from gqa_jax.attention import gated
 from gqa_jax.config import AttentionConfig
+from gqa_jax.layer_checks import check_call, positions_of_rows
+from gqa_jax.norms import check_injected_norms, head_norm
 from gqa_jax.projection import Projection
 from gqa_jax.rotary import apply_rotary, rotary_tables
 from gqa_jax.sharding import MeshAxes
@@ -48,6 +51,7 @@ class CrossAttention(nnx.Module):
       out: kernel `[K, R, D, M]`, bias `[M]`.
       q_norm, k_norm: scale `[D]`, or None.
       sinks: `[K, R]` learnable logits, or None.
+      deterministic, rngs: as in `SelfAttention`.
     """
 
     def __init__(
@@ -64,12 +68,13 @@ class CrossAttention(nnx.Module):
         out: Callable | None = None,
         q_norm: Callable | None = None,
         k_norm: Callable | None = None,
+        keep_rngs: bool = True,
     ):
         """Builds the layer.
 
         Args:
           config: as for `SelfAttention`, with is_causal=False, and mostly with rope=None.
-          rngs, dtype, param_dtype: as for `SelfAttention`.
+          rngs, keep_rngs, dtype, param_dtype: as for `SelfAttention`.
           memory_dim: Mm; None means M.
           axes: names of the mesh axes that calls run on; None for one device. `axes.seq` splits the tokens of `x`, in
             any order; the memory is whole on all its devices.
@@ -106,6 +111,17 @@ class CrossAttention(nnx.Module):
         self.k_norm = k_norm or head_norm(config, param_dtype)
         learnable = config.sinks == "learnable"
         self.sinks = nnx.Param(jnp.zeros((groups, per_group), param_dtype)) if learnable else None
+        self.deterministic = True
+        self.rngs = dropout.kept_stream(rngs, config.dropout_rate, keep=keep_rngs)
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """For `nnx.view`.
+
+        Args:
+          deterministic: False drops attention weights.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
 
     def project_memory(
         self,
@@ -117,7 +133,7 @@ class CrossAttention(nnx.Module):
         """Keys and values of the memory: compute them once, then attend from any number of queries.
 
         Args:
-          memory: `[B, S, Mm]`.
+          memory: `[B, S, Mm]`; what stands on padding reaches nothing, no gradient either.
           positions: `[B, S]` for the rotary embedding; None means the index.
           segment_ids: `[B, S]`; queries of the same id see these tokens; negative ids are padding. None means 0.
 
@@ -126,7 +142,7 @@ class CrossAttention(nnx.Module):
         """
         self._check_memory(memory)
         shape = memory.shape[:2]
-        positions = as_int32("positions", positions)
+        positions = positions_of_rows(as_int32("positions", positions), *shape)
         segment_ids = as_int32("segment_ids", segment_ids)
         if segment_ids is None:
             segment_ids = jnp.zeros(shape, jnp.int32)
@@ -137,6 +153,7 @@ class CrossAttention(nnx.Module):
                 self, memory, positions=positions, segment_ids=segment_ids
             )
             return ProjectedMemory(key, value, segment_ids)
+        memory = masks.hide_padding(memory, segment_ids)
         projected = checkpoint_name(self.kv(memory), "qkv")  # [B, S, K, 2, D]
         key = self._embed(projected[..., 0, :], self.k_norm, positions)
         return ProjectedMemory(key, projected[..., 1, :], segment_ids)
@@ -149,9 +166,10 @@ class CrossAttention(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B N T S"] | None = None,
-        deterministic: bool = True,
+        deterministic: bool | None = None,
         dropout_key: Array | None = None,
         dropout_offset: tuple[int, int] | Int[Array, "2"] | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
     ) -> Float[Array, "B T M"]:
         """Attention from every token of `x` to the memory, in training and in decoding alike.
 
@@ -162,7 +180,7 @@ class CrossAttention(nnx.Module):
             give the position of the step).
           segment_ids: `[B, T]`; a token sees memory of its own id; negative ids are padding. None means 0.
           mask: `[B or 1, N or 1, T, S]`, True where the query may attend, besides the ids.
-          deterministic, dropout_key, dropout_offset: as for `SelfAttention`.
+          deterministic, dropout_key, dropout_offset, rngs: as for `SelfAttention`.
 
         Returns:
           `[B, T, M]`; zeros, also with a bias, where a token sees nothing. Its gradients are finite.
@@ -173,23 +191,20 @@ class CrossAttention(nnx.Module):
           NotImplementedError: dropout where `axes.seq` does.
         """
         config = self.config
-        if x.ndim != 3 or x.shape[-1] != config.model_dim:
-            raise ValueError(f"`x` must have shape [B, T, M={config.model_dim}], got {x.shape}")
         projected = isinstance(memory, ProjectedMemory)
         if not projected:
             self._check_memory(memory)
-        num_rows = memory.batch_size if projected else memory.shape[0]
+        num_rows, num_keys = (memory.key if projected else memory).shape[:2]
+        marks = dict(positions=positions, segment_ids=segment_ids, mask=mask)
+        positions, segment_ids = check_call(x, config.model_dim, num_keys=num_keys, **marks)
         if num_rows != x.shape[0]:
             raise ValueError(
                 f"`memory` must have the batch size of `x`, {x.shape[0]}, got {num_rows}"
             )
-        dropout_rate = 0.0 if deterministic else config.dropout_rate
-        if dropout_rate > 0.0 and dropout_key is None:
-            raise ValueError(
-                f"`dropout_key` must be given when deterministic=False and dropout_rate={dropout_rate}"
-            )
-        positions = as_int32("positions", positions)
-        segment_ids = as_int32("segment_ids", segment_ids)
+        if deterministic is None:
+            deterministic = self.deterministic
+        drop: dict[str, Any] = dict(deterministic=deterministic, dropout_key=dropout_key, rngs=rngs)
+        dropout_key = dropout.key_of_call(self.rngs, config.dropout_rate, **drop)
         if segment_ids is None:
             segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
         if self.axes is not None:
@@ -204,10 +219,15 @@ class CrossAttention(nnx.Module):
                 positions=positions,
                 segment_ids=segment_ids,
                 mask=mask,
-                dropout_key=dropout_key if dropout_rate > 0.0 else None,
+                dropout_key=dropout_key,
             )
         if not isinstance(memory, ProjectedMemory):
-            memory = self.project_memory(memory)
+            shown = None
+            if mask is not None:  # what no query sees counts as padding
+                shown = jnp.where(mask.any(axis=(1, 2)), 0, masks.PADDING).astype(jnp.int32)
+                shown = jnp.broadcast_to(shown, memory.shape[:2])
+            memory = self.project_memory(memory, segment_ids=shown)
+        x = masks.hide_padding(x, segment_ids)
         fused = checkpoint_name(self.q(x), "qkv")  # [B, T, K, R or 2R, D]
         query, gate = fused[..., : config.q_per_kv, :], fused[..., config.q_per_kv :, :]
         query = query.reshape(*x.shape[:2], config.num_heads, config.head_dim)
@@ -227,7 +247,7 @@ class CrossAttention(nnx.Module):
             scale=config.scale,
             sinks=sinks,
             logits_soft_cap=config.logits_soft_cap,
-            dropout_rate=dropout_rate,
+            dropout_rate=0.0 if dropout_key is None else config.dropout_rate,
             dropout_key=dropout_key,
             dropout_offset=dropout_offset,
         )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from gqa_jax import qk_clip, tensor_parallel
+from gqa_jax import dropout, qk_clip, tensor_parallel
 from gqa_jax.attention import SelfAttention
 from gqa_jax.cache import AttentionCache, GatedDeltaNetState, Policy
 from gqa_jax.config import DecoderConfig
@@ -59,6 +59,7 @@ class Decoder(nnx.Module):
         parameters stacked over the repeats on a leading axis (layer r * pattern + i is row r of `layers[i]`).
       norm: scale `[M]`.
       lm_head: kernel `[M, V]`, or None where embeddings are tied.
+      rngs: the stream "dropout", as in `SelfAttention`; the layers have none.
 
     Example:
       >>> import jax.numpy as jnp
@@ -89,7 +90,7 @@ class Decoder(nnx.Module):
 
         Args:
           config: sizes and switches.
-          rngs: the `params` stream initialises the parameters.
+          rngs: the `params` stream initialises the parameters; a `dropout` stream given by name is kept for calls.
           dtype: dtype of the computation; None means that of the parameters.
           param_dtype: dtype of the parameters (decay parameters of Gated DeltaNet are always float32).
           axes: names of the mesh axes that calls run on; None for one device.
@@ -140,6 +141,8 @@ class Decoder(nnx.Module):
         self.lm_head = (
             None if tied else Projection((config.model_dim,), (config.vocab_size,), **common)
         )
+        rate = 0.0 if config.attention is None else config.attention.dropout_rate
+        self.rngs = dropout.kept_stream(rngs, rate)
 
     def __call__(
         self,
@@ -147,18 +150,19 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "B T"] | Int[Array, "3 B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        deterministic: bool = True,
+        deterministic: bool | None = None,
         dropout_key: Array | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of the token after each token.
 
         Args:
           tokens: `[B, T]` integer.
           positions: for the rotary embedding; None counts from 0 in each row, or in each segment.
-          segment_ids: `[B, T]`; tokens see only their own segment; negative ids are padding, on either side, whose
-            logits hold no meaning.
-          deterministic: False applies the configured dropout.
-          dropout_key: needed for that.
+          segment_ids: `[B, T]`; tokens see only their own segment; negative ids are padding, anywhere, whose logits
+            hold no meaning.
+          deterministic: False applies the configured dropout; None asks each layer, which `train()` and `eval()` set.
+          dropout_key, rngs: as for `SelfAttention`; one key for all layers.
 
         Returns:
           `[B, T, V]`.
@@ -166,7 +170,7 @@ class Decoder(nnx.Module):
         Raises:
           TypeError, ValueError: naming the argument.
         """
-        x, _ = self._hidden(tokens, positions, segment_ids, deterministic, dropout_key)
+        x, _ = self._hidden(tokens, positions, segment_ids, deterministic, dropout_key, rngs)
         return self._logits(x, self.axes)
 
     def with_router_statistics(
@@ -175,8 +179,9 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "B T"] | Int[Array, "3 B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        deterministic: bool = True,
+        deterministic: bool | None = None,
         dropout_key: Array | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | Array | None = None,
     ) -> DecoderOutput:
         """As `__call__`, with what the load-balancing loss needs.
 
@@ -185,7 +190,7 @@ class Decoder(nnx.Module):
         """
         if self.config.moe is None:
             raise ValueError("`config.moe` must be given for router statistics, got None")
-        x, router = self._hidden(tokens, positions, segment_ids, deterministic, dropout_key)
+        x, router = self._hidden(tokens, positions, segment_ids, deterministic, dropout_key, rngs)
         assert router is not None
         return DecoderOutput(self._logits(x, self.axes), router)
 
@@ -295,7 +300,7 @@ class Decoder(nnx.Module):
         return len(self.config.layers) // self.pattern
 
     def _hidden(
-        self, tokens, positions, segment_ids, deterministic, dropout_key
+        self, tokens, positions, segment_ids, deterministic, dropout_key, rngs
     ) -> tuple[Array, RouterStatistics | None]:
         """Output of the last layer, before the final norm, and the router's statistics."""
         tokens = checked_tokens(tokens)
@@ -305,11 +310,11 @@ class Decoder(nnx.Module):
             tensor_parallel.check_positions(self.context_parallel)
             positions = positions_in_segments(segment_ids)
         check_token_range(tokens, self.config.vocab_size, real)
-        drops = (
-            not deterministic and self.config.attention and self.config.attention.dropout_rate > 0
-        )
-        if drops and dropout_key is None:
-            raise ValueError("`dropout_key` must be given when deterministic=False, got None")
+        attention = [layer.mixer for layer in self.layers if isinstance(layer.mixer, SelfAttention)]
+        quiet = all(m.deterministic for m in attention) if deterministic is None else deterministic
+        rate = self.config.attention.dropout_rate if attention and self.config.attention else 0.0
+        drop = dict(deterministic=quiet, dropout_key=dropout_key, rngs=rngs)
+        dropout_key = dropout.key_of_call(self.rngs, rate, **drop)
 
         def run(layer, x, key):
             out = layer(
@@ -327,7 +332,7 @@ class Decoder(nnx.Module):
 
         def run_pattern(layers, first, x, router):
             for i, layer in enumerate(layers):
-                key = jax.random.fold_in(dropout_key, first + i) if drops else None
+                key = None if dropout_key is None else jax.random.fold_in(dropout_key, first + i)
                 x, statistics, recorded = run(layer, x, key)
                 qk_clip.put_records(layer, recorded)
                 if statistics is not None:

@@ -84,7 +84,7 @@ class DecoderLayer(nnx.Module):
             assert config.gated_deltanet is not None  # DecoderConfig has checked
             self.mixer = GatedDeltaNet(config.gated_deltanet, **spread)
         else:
-            self.mixer = SelfAttention(config.attention_at(index), **spread)
+            self.mixer = SelfAttention(config.attention_at(index), keep_rngs=False, **spread)
         self.mlp_norm = RMSNorm(config.model_dim, **norm)
         if config.is_moe(index):
             assert config.moe is not None
@@ -99,10 +99,12 @@ class DecoderLayer(nnx.Module):
         *,
         positions: Array | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        deterministic: bool = True,
+        deterministic: bool | None = None,
         dropout_key: Array | None = None,
+        rngs: Any = None,
     ) -> tuple[Float[Array, "B T M"], RouterStatistics | None]:
-        """The layer over whole rows, and the router's statistics of a mixture."""
+        """The layer over whole rows, and the router's statistics of a mixture; arguments as for the mixer."""
+        x = tensor_parallel.hide_padding(x, segment_ids, self.mlp.axes)
         normed = self.mixer_norm(x)
         if isinstance(self.mixer, GatedDeltaNet):
             places = positions if self.any_order else None
@@ -114,6 +116,7 @@ class DecoderLayer(nnx.Module):
                 segment_ids=segment_ids,
                 deterministic=deterministic,
                 dropout_key=dropout_key,
+                rngs=rngs,
             )
         x = x + mixed
         if isinstance(self.mlp, MLP):

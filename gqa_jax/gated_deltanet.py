@@ -9,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from gqa_jax import tensor_parallel
+from gqa_jax import masks, tensor_parallel
 from gqa_jax.cache import GatedDeltaNetState, check_step
 from gqa_jax.cache.checks import check_size
 from gqa_jax.cache.lengths import advance, settle
@@ -19,13 +19,13 @@ from gqa_jax.context_parallel import (
     context_causal_conv1d,
     context_gated_delta_rule,
 )
+from gqa_jax.layer_checks import check_call
 from gqa_jax.masks import right_padding_segment_ids
 from gqa_jax.norms import GatedRMSNorm
 from gqa_jax.projection import Projection
 from gqa_jax.sharding import MeshAxes
 from pallas_kernels import (
     QKVConvOutput,
-    as_int32,
     causal_conv1d_qkv,
     explain,
     gated_delta_rule,
@@ -159,10 +159,10 @@ class GatedDeltaNet(nnx.Module):
         """The layer over whole rows, each from an empty state.
 
         Args:
-          x: `[B, T, M]`.
+          x: `[B, T, M]`; what stands on padding reaches nothing, no gradient either.
           positions: `[B, T]`, places in the row; for context parallelism with layout "positions" only.
           segment_ids: `[B, T]`; convolution and state start anew where the id changes; negative ids are padding,
-            on either side of a row.
+            anywhere, and neither sees it (context parallelism refuses it inside a segment).
 
         Returns:
           `[B, T, M]`.
@@ -170,9 +170,9 @@ class GatedDeltaNet(nnx.Module):
         Raises:
           ValueError: shapes that do not fit.
         """
-        self._check_width(x)
-        positions = as_int32("positions", positions)
-        segment_ids = as_int32("segment_ids", segment_ids)
+        positions, segment_ids = check_call(
+            x, self.config.model_dim, positions=positions, segment_ids=segment_ids
+        )
         if self.axes is not None:
             return tensor_parallel.gated_deltanet(
                 self, x, positions=positions, segment_ids=segment_ids
@@ -181,8 +181,13 @@ class GatedDeltaNet(nnx.Module):
             raise ValueError(
                 "`positions` must be None without context parallelism: the layer goes by order"
             )
+        x = masks.hide_padding(x, segment_ids)
+        if segment_ids is None or self.context_parallel is not None:
+            return self._run(x, None, None, segment_ids)[0]
+        order = masks.order_without_gaps(segment_ids)  # a window of the convolution holds tokens
+        x, segment_ids = masks.take(x, order), masks.take(segment_ids, order)
         out, _, _ = self._run(x, None, None, segment_ids)
-        return out
+        return masks.take(out, jnp.argsort(order, axis=1))
 
     def init_cache(
         self, batch_size: int, max_length: int | None = None, *, dtype=None

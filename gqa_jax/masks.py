@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import as_int32
 
@@ -25,14 +25,75 @@ def right_padding_segment_ids(lengths: Int[Array, "B"], max_length: int) -> Int[
 
 
 def positions_in_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Index of each token within its run of equal segment ids."""
+    """How many tokens of the same id stand before each token in its row, whatever stands between them.
+
+    Example:
+      >>> positions_in_segments(jnp.asarray([[0, 0, -1, 0, 1, 0, 1]]))
+      Array([[0, 1, 0, 2, 0, 3, 1]], dtype=int32)
+    """
     segment_ids = as_int32("segment_ids", segment_ids)
+    order = jnp.argsort(segment_ids, axis=1, stable=True)
+    counted = _index_in_run(take(segment_ids, order))
+    return take(counted, jnp.argsort(order, axis=1))
+
+
+def _index_in_run(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Index of each token within its run of equal ids."""
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None, :]
     starts = jnp.concatenate(
         [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
     )
     first = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
     return index - first
+
+
+def order_by_segment(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """An order of each row in which the tokens of a segment follow each other; rows in which they do keep theirs."""
+    apart = (positions_in_segments(segment_ids) != _index_in_run(segment_ids)) & (segment_ids >= 0)
+    last = jnp.iinfo(segment_ids.dtype).max
+    return _order(apart, jnp.where(segment_ids < 0, last, segment_ids))
+
+
+def order_without_gaps(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The same, moving padding only: an id that returns behind another one is a new segment."""
+    real = segment_ids >= 0
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None, :]
+    last = jax.lax.cummax(jnp.where(real, index, -1), axis=1)
+    previous = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    same = take(segment_ids, jnp.maximum(previous, 0)) == segment_ids
+    return _order(real & (previous >= 0) & (previous < index - 1) & same, (~real).astype(jnp.int32))
+
+
+def _order(apart: Bool[Array, "B T"], key: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    index = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=jnp.int32), key.shape)
+    return jnp.where(apart.any(axis=1)[:, None], jnp.argsort(key, axis=1, stable=True), index)
+
+
+def take(x: Array, order: Int[Array, "B T"]) -> Array:
+    """`x[b, order[b, t]]` of `[B, T, ...]`."""
+    at = order.reshape(*order.shape, *(1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, at, axis=1, mode="clip")
+
+
+def reordered(
+    order: Int[Array, "B T"], x: Array, ids: Array, positions: Array | None, mask: Array | None
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """`[B, T, M]`, ids `[B, T]`, positions `[B, T]` or `[3, B, T]` and mask `[B or 1, N or 1, T, T]` in an order."""
+    if positions is not None:
+        in_order = lambda p: take(p, order)
+        positions = (jax.vmap(in_order) if positions.ndim == 3 else in_order)(positions)
+    if mask is not None:
+        at = order[:, None, :, None]
+        mask = jnp.take_along_axis(mask, at, axis=2, mode="clip")
+        mask = jnp.take_along_axis(mask, jnp.swapaxes(at, 2, 3), axis=3, mode="clip")
+    return take(x, order), take(ids, order), positions, mask
+
+
+def hide_padding(x: Float[Array, "B T M"], segment_ids: Int[Array, "B T"] | None) -> Array:
+    """`x` with 0 on padding: what stands there, NaN too, must not meet a weight (its gradient would be 0 * NaN)."""
+    if segment_ids is None:
+        return x
+    return jnp.where((segment_ids < 0)[..., None], jnp.zeros((), x.dtype), x)
 
 
 def document_segment_ids(document_lengths: Int[Array, "B J"], max_length: int) -> Int[Array, "B T"]:

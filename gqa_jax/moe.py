@@ -139,10 +139,12 @@ class MoE(nnx.Module):
     def with_statistics(
         self, x: Float[Array, "... M"], *, real: Bool[Array, "..."] | None = None
     ) -> MoEOutput:
-        """Output and the router's statistics over the tokens where `real` is True (None: all)."""
+        """Output, and the router's statistics over the tokens where `real` is True (None: all); x is 0 elsewhere."""
         if self.axes is not None:
             out, statistics = tensor_parallel.moe(self, x, real)
             return MoEOutput(out, RouterStatistics(*statistics))
+        if real is not None:
+            x = jnp.where(real[..., None], x, jnp.zeros((), x.dtype))
         flat = x.reshape(-1, x.shape[-1])
         weights, experts, probabilities = self._route(flat)
         out = self._mix(flat, weights, experts)

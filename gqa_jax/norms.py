@@ -9,6 +9,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from gqa_jax.config import AttentionConfig
+
 
 def rms_normalize(x: Float[Array, "... D"], *, eps: float) -> Float[Array, "... D"]:
     """`x / sqrt(mean(x^2) + eps)` over the last axis, in float32 (float64 for float64)."""
@@ -75,3 +77,29 @@ class GatedRMSNorm(nnx.Module):
         """Both arguments share one shape; the result has x's dtype."""
         normed = _scaled(rms_normalize(x, eps=self.eps), self.scale[...], self.zero_centred)
         return (normed * jax.nn.silu(gate.astype(normed.dtype))).astype(x.dtype)
+
+
+def head_norm(config: AttentionConfig, param_dtype) -> nnx.Module | None:
+    """The configured norm of queries or keys."""
+    match config.qk_norm:
+        case "none":
+            return None
+        case "l2":
+            return L2Norm(eps=config.norm_eps)
+        case kind:
+            return RMSNorm(
+                config.head_dim,
+                eps=config.norm_eps,
+                zero_centred=kind == "rms_zero_centred",
+                param_dtype=param_dtype,
+            )
+
+
+def check_injected_norms(config: AttentionConfig, q_norm, k_norm) -> None:
+    """Raises `ValueError` for one norm without the other, or norms that the config does not know of."""
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("`q_norm` and `k_norm` must be given together")
+    if q_norm is not None and config.qk_norm == "none":
+        raise ValueError(
+            "`q_norm` and `k_norm` must be None when `config.qk_norm` is 'none': they take the place of its norm"
+        )

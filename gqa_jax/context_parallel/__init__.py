@@ -4,7 +4,6 @@ from gqa_jax.context_parallel.attention import context_attention as context_atte
 from gqa_jax.context_parallel.attention import (
     context_attention_with_lse as context_attention_with_lse,
 )
-from gqa_jax.context_parallel.delta_rule import check_permutation as check_permutation
 from gqa_jax.context_parallel.delta_rule import context_causal_conv1d as context_causal_conv1d
 from gqa_jax.context_parallel.delta_rule import context_gated_delta_rule as context_gated_delta_rule
 from gqa_jax.context_parallel.delta_rule import redo_order as redo_order
@@ -12,3 +11,5 @@ from gqa_jax.context_parallel.delta_rule import undo_order as undo_order
 from gqa_jax.context_parallel.order import ContextParallel as ContextParallel
 from gqa_jax.context_parallel.order import from_layout as from_layout
 from gqa_jax.context_parallel.order import to_layout as to_layout
+from gqa_jax.context_parallel.row import check_permutation as check_permutation
+from gqa_jax.context_parallel.row import row_marks as row_marks

@@ -4,11 +4,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
+from gqa_jax import masks
 from gqa_jax.context_parallel import all_gather, all_to_all, halo, ring
 from gqa_jax.context_parallel.marks import Dropout, Marks
 from gqa_jax.context_parallel.order import ContextParallel, local_positions, num_slots
+from gqa_jax.context_parallel.row import in_row_order, is_permutation, lose
 from gqa_jax.sharding import cast_like, names
 from pallas_kernels import AttentionOutput, as_int32, gqa_attention_with_lse
 
@@ -52,7 +55,8 @@ def context_attention_with_lse(
       dropout_offset: (first batch row, first query head) of these arrays in the whole.
 
     Returns:
-      output `[B, T, N, Dv]` and lse `[B, T, N]` of this device's tokens.
+      output `[B, T, N, Dv]` and lse `[B, T, N]` of this device's tokens. NaN in rows whose positions are not each of
+      0 .. n T - 1 once, and, with a window, in rows whose segments are split by padding or by each other.
 
     Raises:
       ValueError: lengths, heads or arguments that do not fit the mode or layout.
@@ -141,7 +145,16 @@ def context_attention_with_lse(
         result = ring.attention(query, key, value, marks, **common, **around)
     else:
         result = all_gather.attention(query, key, value, marks, **common)
-    return _with_sinks(result, sinks, query.dtype)
+    result = _with_sinks(result, sinks, query.dtype)
+    if layout == "positions":
+        good = is_permutation(lax.all_gather(marks.positions, axis_name, axis=1, tiled=True))
+        result = AttentionOutput(*(lose(x, good) for x in result))
+    if sliding_window is not None and ids is not None:
+        row = in_row_order(ids, marks.positions, axis_name)
+        index = jnp.arange(row.shape[1], dtype=jnp.int32)[None]
+        good = (masks.order_by_segment(row) == index).all(axis=1)
+        result = AttentionOutput(*(lose(x, good) for x in result))
+    return result
 
 
 def _with_sinks(result: AttentionOutput, sinks: Array | None, dtype) -> AttentionOutput:

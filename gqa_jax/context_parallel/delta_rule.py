@@ -14,14 +14,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from gqa_jax import masks
 from gqa_jax.context_parallel.affine import Affine, incoming_states
 from gqa_jax.context_parallel.order import (
     ContextParallel,
     Layout,
+    local_positions,
     num_slots,
     previous_chunk,
     to_slots,
 )
+from gqa_jax.context_parallel.row import in_row_order, is_permutation, lose
 from gqa_jax.sharding import cast_like
 from pallas_kernels import (
     GatedDeltaRuleOutput,
@@ -43,6 +46,8 @@ def context_causal_conv1d(
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T F"]:
     """`causal_conv1d(...).out` of this device's tokens; the W - 1 inputs before each chunk come from their owner.
+
+    A row in which padding splits a segment is NaN: the window would stand on padding.
 
     Raises:
       ValueError: chunks shorter than W - 1, or a layout without chunks.
@@ -71,7 +76,13 @@ def context_causal_conv1d(
         activation=activation,
         segment_ids=None if segment_ids is None else extended(segment_ids),
     ).out
-    return out[:, halo:].reshape(x.shape)
+    out = out[:, halo:].reshape(x.shape)
+    if segment_ids is None:
+        return out
+    places = jnp.broadcast_to(local_positions(x.shape[1], axis_name, layout), x.shape[:2])
+    row = in_row_order(segment_ids, cast_like(places, segment_ids), axis_name)
+    index = jnp.arange(row.shape[1], dtype=jnp.int32)[None]
+    return lose(out, (masks.order_without_gaps(row) == index).all(axis=1))
 
 
 def context_gated_delta_rule(
@@ -222,17 +233,13 @@ def undo_order(
     everywhere = lax.all_gather(positions, axis_name, axis=1, tiled=True)
     length = positions.shape[1]
     order = jnp.argsort(everywhere, axis=1)
-    index = jnp.arange(everywhere.shape[1], dtype=everywhere.dtype)
-    valid = (jnp.sort(everywhere, axis=1) == index[None]).all(axis=1)
+    valid = is_permutation(everywhere)
     mine = lax.dynamic_slice_in_dim(order, lax.axis_index(axis_name) * length, length, axis=1)
 
     def reorder(x):
         row = lax.all_gather(x, axis_name, axis=1, tiled=True)
         own = jnp.take_along_axis(row, mine.reshape(*mine.shape, *(1,) * (x.ndim - 2)), axis=1)
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            return own
-        good = valid.reshape(-1, *(1,) * (x.ndim - 1))
-        return jnp.where(good, own, jnp.asarray(jnp.nan, x.dtype))
+        return lose(own, valid) if jnp.issubdtype(x.dtype, jnp.floating) else own
 
     return jax.tree.map(reorder, tree), positions
 
@@ -243,16 +250,3 @@ def redo_order(x: Array, positions: Int[Array, "B T"], *, axis_name: Any) -> Arr
     positions = as_int32("positions", positions)
     place = positions.reshape(*positions.shape, *(1,) * (x.ndim - 2))
     return jnp.take_along_axis(row, place, axis=1, mode="clip")
-
-
-def check_permutation(positions: Int[Array, "B T"]) -> None:
-    """Raises `ValueError` unless each row of `positions` (all devices' tokens) holds 0 .. T - 1 once each."""
-    positions = as_int32("positions", positions)
-    index = jnp.arange(positions.shape[1], dtype=jnp.int32)
-    bad = (jnp.sort(positions, axis=1) != index[None]).any(axis=1)
-    if bool(bad.any()):
-        row = int(jnp.argmax(bad))
-        raise ValueError(
-            f"`positions` must hold each of 0 .. {positions.shape[1] - 1} once per row with layout 'positions', got "
-            f"{positions[row].tolist()} in row {row}"
-        )

@@ -21,6 +21,7 @@ from gqa_jax.tensor_parallel.layers import self_attention as self_attention
 from gqa_jax.tensor_parallel.on_mesh import check_layer as check_layer
 from gqa_jax.tensor_parallel.on_mesh import check_positions as check_positions
 from gqa_jax.tensor_parallel.on_mesh import check_rows as check_rows
+from gqa_jax.tensor_parallel.on_mesh import hide_padding as hide_padding
 from gqa_jax.tensor_parallel.vocabulary import as_labels as as_labels
 from gqa_jax.tensor_parallel.vocabulary import cross_entropy as cross_entropy
 from gqa_jax.tensor_parallel.vocabulary import embed as embed

@@ -10,7 +10,12 @@ from jaxtyping import Array
 
 from gqa_jax import qk_clip, sharding
 from gqa_jax.context_parallel import redo_order, undo_order
-from gqa_jax.context_parallel.order import local_positions
+from gqa_jax.context_parallel.row import (
+    can_be_read,
+    check_gaps,
+    check_permutation,
+    place_of_token,
+)
 from gqa_jax.sharding import names
 from gqa_jax.tensor_parallel.on_mesh import check_rows, on_mesh, spread
 
@@ -43,40 +48,24 @@ def self_attention(
             )
         if not split_qkv:
             raise ValueError("`split_qkv` must be True under context parallelism, got False")
-        if plan.layout == "positions" and positions is None:
-            raise ValueError("`positions` must be given with layout 'positions', got None")
+        windowed = layer.config.sliding_window is not None
+        _check_row(layer, x, positions, segment_ids, whole_segments=windowed, any_gap=windowed)
     recording = qk_clip.is_recording(layer) and split_qkv
 
     def body(local, x, positions, segment_ids, mask, dropout_key):
-        places = positions
-        if plan is None or plan.layout != "positions":
-            places = jnp.arange(x.shape[1], dtype=jnp.int32)
-            if plan is not None:
-                places = local_positions(x.shape[1], names(axes.seq), plan.layout)
-            places = jnp.broadcast_to(places, x.shape[:2])
-        if plan is not None and positions is None:
-            positions = places
-        drop = {}
-        if dropout_key is not None:
-            offset = dropout_offset(layer, local, x.shape[0])
-            drop = dict(deterministic=False, dropout_key=dropout_key, dropout_offset=offset)
-        options = dict(positions=positions, segment_ids=segment_ids, mask=mask, split_qkv=split_qkv)
-        out = local(x, **options, **drop)
-        if not recording:
-            return out, None
-        query, key, *_ = local.project(x, places if positions is None else positions)
-        row = names(axes.seq)
-        everywhere = lambda v: lax.all_gather(v, row, axis=1, tiled=True) if row else v
-        top = local.largest_logits(
-            query,
-            everywhere(key),
-            positions=places,
-            kv_positions=everywhere(places),
+        offset = None if dropout_key is None else dropout_offset(layer, local, x.shape[0])
+        out, top = local.attend(
+            x,
+            positions=positions,
             segment_ids=segment_ids,
-            kv_segment_ids=None if segment_ids is None else everywhere(segment_ids),
             mask=mask,
+            dropout_key=dropout_key,
+            dropout_offset=offset,
+            split_qkv=split_qkv,
+            recording=recording,
         )
-        return out, lax.pmax(top, (*names(axes.batch), *row)) if axes.batch or row else top
+        spread = (*names(axes.batch), *names(axes.seq))
+        return out, lax.pmax(top, spread) if recording and spread else top
 
     groups, within = sharding.split_groups(
         axes, layer.config.num_kv_heads, sharding.current_mesh(axes)
@@ -90,6 +79,40 @@ def self_attention(
     inputs = (positions, segment_ids, mask, dropout_key)
     by_head = jax.P(groups or None, within or None) if recording else None
     return on_mesh(layer, body, x, inputs, axes=axes, input_specs=specs, extra_specs=by_head)
+
+
+def _check_row(
+    layer: Any,
+    x: Array,
+    positions: Array | None,
+    segment_ids: Array | None,
+    *,
+    whole_segments: bool,
+    any_gap: bool = True,
+) -> None:
+    """Raises `ValueError` for marks that context parallelism cannot work with, as far as they can be read.
+
+    Args:
+      layer, x, positions, segment_ids: of the call.
+      whole_segments, any_gap: whether the layer needs the tokens of a segment next to each other, see `check_gaps`.
+    """
+    plan, axes = layer.context_parallel, layer.axes
+    if plan.layout == "positions":
+        if positions is None:
+            raise ValueError("`positions` must be given with layout 'positions', got None")
+        if positions.ndim != 2:
+            raise ValueError(
+                f"`positions` must have shape [B, T] with layout 'positions', got {positions.shape}"
+            )
+    if sharding.is_manual(axes):
+        return
+    if plan.layout == "positions" and positions is not None and can_be_read(positions):
+        check_permutation(positions)
+    if any_gap and segment_ids is not None:
+        check_rows(x, axes, layer)
+        devices = sharding.size(axes.seq, sharding.current_mesh(axes))
+        places = place_of_token(x.shape[1], devices, plan.layout, positions)
+        check_gaps(segment_ids, places, whole_segments=whole_segments)
 
 
 def cross_attention(
@@ -124,10 +147,9 @@ def cross_attention(
         )
 
     def body(local, x, memory, positions, segment_ids, mask, dropout_key):
-        drop = {}
+        drop: dict[str, Any] = dict(deterministic=dropout_key is None, dropout_key=dropout_key)
         if dropout_key is not None:
-            offset = dropout_offset(layer, local, x.shape[0])
-            drop = dict(deterministic=False, dropout_key=dropout_key, dropout_offset=offset)
+            drop["dropout_offset"] = dropout_offset(layer, local, x.shape[0])
         marks = dict(positions=positions, segment_ids=segment_ids, mask=mask)
         return local(x, memory, **marks, **drop), None
 
@@ -231,6 +253,8 @@ def gated_deltanet(
             "`positions` must be given with layout 'positions' and only then, got "
             f"positions={'None' if positions is None else positions.shape}, context_parallel={plan}"
         )
+    if plan is not None:
+        _check_row(layer, x, positions, segment_ids, whole_segments=False)
 
     def body(local, x, positions, segment_ids):
         if not any_order:

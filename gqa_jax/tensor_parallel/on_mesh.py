@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from gqa_jax import sharding
+from gqa_jax import masks, sharding
 from gqa_jax.config import AttentionConfig, GatedDeltaNetConfig
 from gqa_jax.context_parallel.order import ContextParallel, num_slots
 from gqa_jax.lora import LoRAProjection
@@ -104,6 +104,8 @@ def spread(
     """
     mesh = sharding.current_mesh(axes)
     layer = without_records(layer)
+    if getattr(layer, "rngs", None) is not None:  # the caller has drawn the key
+        layer.rngs = None
     leaves, treedef = jax.tree.flatten(layer)
 
     def on_device(leaves, *arguments):
@@ -135,6 +137,13 @@ def check_rows(x: Array | np.ndarray, axes: MeshAxes, layer: Any, *, name: str =
                 f"`{name}` must have a length that is a multiple of {multiple} (mesh axes "
                 f"{names(axes.seq) + names(axes.seq_residual)}), got T={x.shape[1]}"
             )
+
+
+def hide_padding(x: Array, segment_ids: Array | None, axes: MeshAxes | None) -> Array:
+    """`masks.hide_padding` of the residual stream."""
+    if segment_ids is not None and axes is not None:
+        segment_ids = sharding.constrain(segment_ids, jax.P(*axes.residual[:2]))
+    return masks.hide_padding(x, segment_ids)
 
 
 def laid_out(tree: Any, specs: Any) -> Any:

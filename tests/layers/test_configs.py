@@ -173,7 +173,7 @@ REFUSED = [
     (LinearScaling, dict(factor=np.nan), "`factor` must be finite, got nan"),
     (GatedDeltaNetConfig, DELTA | dict(norm_eps=0.0), "`norm_eps` must be positive, got 0.0"),
     (GatedDeltaNetConfig, DELTA | dict(A_init_range=3.0), "`A_init_range` must be a tuple, got 3"),
-    (GatedDeltaNetConfig, DELTA | dict(chunk_size=0), "`chunk_size` must be None or one of (16, 32, 64, 128), got 0"),
+    (GatedDeltaNetConfig, DELTA | dict(chunk_size=1), "`chunk_size` must be None or one of (16, 32, 64, 128), got 1"),
     (DecoderConfig, DENSE, "`attention` must be given for `layers` of"),
     (DecoderConfig, DENSE | dict(norm_eps=-1.0), "`norm_eps` must be positive, got -1.0"),
     (DecoderConfig, DENSE | dict(attention=ATTENTION), "`attention` must be a AttentionConfig"),

@@ -1,0 +1,58 @@
+"""When a layer drops, and by which key: Flax's modes (`train`, `eval`), Flax's `rngs`, or an explicit key."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+def kept_stream(rngs: nnx.Rngs, rate: float, *, keep: bool = True) -> Any:
+    """What a module keeps of its constructor's `rngs`: a fork of the stream named "dropout", if it drops at all.
+
+    The default stream is not taken: a kept stream adds integers to the module's leaves, which `jax.grad` with respect
+    to a whole module refuses, so a caller asks for it by name (`nnx.Rngs(0, dropout=1)`).
+    """
+    asked = keep and rate > 0.0 and "dropout" in vars(rngs)
+    return nnx.data(rngs.dropout.fork() if asked else None)
+
+
+def key_of_call(
+    stream: nnx.RngStream | None,
+    rate: float,
+    *,
+    deterministic: bool,
+    dropout_key: Any,
+    rngs: Any,
+) -> jax.Array | None:
+    """The key by which a call drops; None where it drops nothing.
+
+    Args:
+      stream: what the module keeps.
+      rate: of its config.
+      deterministic: of the call or, where it says nothing, of the module.
+      dropout_key: of the call: used as it is.
+      rngs: of the call (`nnx.Rngs`, a stream, or a key): takes the place of the module's own, and advances.
+
+    Raises:
+      ValueError: no source of randomness, or two in one call.
+      TypeError: `rngs` of another type.
+    """
+    if dropout_key is not None and rngs is not None:
+        raise ValueError("`rngs` must be None when `dropout_key` is given, got both")
+    if deterministic or rate == 0.0:
+        return None
+    if dropout_key is not None:
+        return dropout_key
+    source = stream if rngs is None else rngs
+    if source is None:
+        raise ValueError(
+            f"`dropout_key` must be given when deterministic=False and dropout_rate={rate}, or `rngs`: to the call, or "
+            'with a stream "dropout" when the module is made (`nnx.Rngs(0, dropout=1)`)'
+        )
+    if isinstance(source, nnx.Rngs):
+        return source.dropout()
+    if isinstance(source, nnx.RngStream):
+        return source()
+    if isinstance(source, jax.Array):
+        return source
+    raise TypeError(f"`rngs` must be nnx.Rngs, nnx.RngStream or a key, got {type(source).__name__}")
