@@ -18,6 +18,7 @@ from gqa_jax.context_parallel import (
     ContextParallel,
     context_causal_conv1d,
     context_gated_delta_rule,
+    lose_rows_with_gaps,
 )
 from gqa_jax.layer_checks import check_call
 from gqa_jax.masks import right_padding_segment_ids
@@ -182,8 +183,11 @@ class GatedDeltaNet(nnx.Module):
                 "`positions` must be None without context parallelism: the layer goes by order"
             )
         x = masks.hide_padding(x, segment_ids)
-        if segment_ids is None or self.context_parallel is not None:
-            return self._run(x, None, None, segment_ids)[0]
+        if segment_ids is None:
+            return self._run(x, None, None, None)[0]
+        if self.context_parallel is not None:
+            out, _, _ = self._run(x, None, None, segment_ids)
+            return lose_rows_with_gaps(out, segment_ids, self.context_parallel)
         order = masks.order_without_gaps(segment_ids)  # a window of the convolution holds tokens
         x, segment_ids = masks.take(x, order), masks.take(segment_ids, order)
         out, _, _ = self._run(x, None, None, segment_ids)

@@ -12,4 +12,5 @@ from gqa_jax.context_parallel.order import ContextParallel as ContextParallel
 from gqa_jax.context_parallel.order import from_layout as from_layout
 from gqa_jax.context_parallel.order import to_layout as to_layout
 from gqa_jax.context_parallel.row import check_permutation as check_permutation
+from gqa_jax.context_parallel.row import lose_rows_with_gaps as lose_rows_with_gaps
 from gqa_jax.context_parallel.row import row_marks as row_marks

@@ -14,17 +14,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from gqa_jax import masks
 from gqa_jax.context_parallel.affine import Affine, incoming_states
 from gqa_jax.context_parallel.order import (
     ContextParallel,
     Layout,
-    local_positions,
     num_slots,
     previous_chunk,
     to_slots,
 )
-from gqa_jax.context_parallel.row import in_row_order, is_permutation, lose
+from gqa_jax.context_parallel.row import is_permutation, lose
 from gqa_jax.sharding import cast_like
 from pallas_kernels import (
     GatedDeltaRuleOutput,
@@ -46,8 +44,6 @@ def context_causal_conv1d(
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T F"]:
     """`causal_conv1d(...).out` of this device's tokens; the W - 1 inputs before each chunk come from their owner.
-
-    A row in which padding splits a segment is NaN: the window would stand on padding.
 
     Raises:
       ValueError: chunks shorter than W - 1, or a layout without chunks.
@@ -76,13 +72,7 @@ def context_causal_conv1d(
         activation=activation,
         segment_ids=None if segment_ids is None else extended(segment_ids),
     ).out
-    out = out[:, halo:].reshape(x.shape)
-    if segment_ids is None:
-        return out
-    places = jnp.broadcast_to(local_positions(x.shape[1], axis_name, layout), x.shape[:2])
-    row = in_row_order(segment_ids, cast_like(places, segment_ids), axis_name)
-    index = jnp.arange(row.shape[1], dtype=jnp.int32)[None]
-    return lose(out, (masks.order_without_gaps(row) == index).all(axis=1))
+    return out[:, halo:].reshape(x.shape)
 
 
 def context_gated_delta_rule(

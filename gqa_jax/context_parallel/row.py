@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from gqa_jax import masks
 from gqa_jax.context_parallel.order import ContextParallel, Layout, local_positions, token_order
+from gqa_jax.sharding import cast_like
 
 
 class RowMarks(NamedTuple):
@@ -85,6 +86,17 @@ def is_permutation(places: Int[Array, "B T"]) -> Bool[Array, "B"]:
 def lose(x: Array, good: Bool[Array, "B"]) -> Array:
     """`x [B, ...]`, NaN in rows that are not good."""
     return jnp.where(good.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.asarray(jnp.nan, x.dtype))
+
+
+def lose_rows_with_gaps(
+    out: Array, segment_ids: Int[Array, "B T"], plan: ContextParallel
+) -> Array:
+    """`out [B, T, ...]`, NaN in rows in which padding stands between tokens of one segment. In `shard_map`."""
+    places = local_positions(out.shape[1], plan.axis, plan.layout)
+    places = cast_like(jnp.broadcast_to(places, out.shape[:2]), segment_ids)
+    row = in_row_order(segment_ids, places, plan.axis)
+    index = jnp.arange(row.shape[1], dtype=jnp.int32)[None]
+    return lose(out, (masks.order_without_gaps(row) == index).all(axis=1))
 
 
 def check_permutation(positions: Int[Array, "B T"]) -> None:
