@@ -88,9 +88,7 @@ def lose(x: Array, good: Bool[Array, "B"]) -> Array:
     return jnp.where(good.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.asarray(jnp.nan, x.dtype))
 
 
-def lose_rows_with_gaps(
-    out: Array, segment_ids: Int[Array, "B T"], plan: ContextParallel
-) -> Array:
+def lose_rows_with_gaps(out: Array, segment_ids: Int[Array, "B T"], plan: ContextParallel) -> Array:
     """`out [B, T, ...]`, NaN in rows in which padding stands between tokens of one segment. In `shard_map`."""
     places = local_positions(out.shape[1], plan.axis, plan.layout)
     places = cast_like(jnp.broadcast_to(places, out.shape[:2]), segment_ids)
