@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int
 from gqa_jax import masks
 from gqa_jax.context_parallel.order import ContextParallel, Layout, local_positions, token_order
 from gqa_jax.sharding import cast_like
+from pallas_kernels import as_int32
 
 
 class RowMarks(NamedTuple):
