@@ -21,7 +21,7 @@ import jax
 import jax.export
 import torch
 
-from interop.lending import lend
+from interop.lending import lend, refuse_fork
 
 FORMAT = 1
 _FIELDS = {"format", "name", "jax", "inputs", "outputs", "vjp_order", "custom_calls", "files"}
@@ -129,6 +129,7 @@ def load(folder: Any):
       FileNotFoundError, ValueError: see `read_exported`; calling it with other shapes or dtypes raises too.
     """
     manifest, exported = read_manifest(folder), read_exported(folder)
+    wide = any(spec["dtype"] in ("float64", "complex128") for spec in manifest["inputs"])
     forward = jax.jit(exported.call)
     differentiable = exported.has_vjp()
     backward = jax.jit(lambda xs, cts: jax.vjp(exported.call, *xs)[1](cts))
@@ -136,7 +137,8 @@ def load(folder: Any):
     class Exported(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *tensors):
-            outs = forward(*map(_to_jax, tensors))
+            with jax.enable_x64(wide):
+                outs = forward(*map(_to_jax, tensors))
             leaves, ctx.tree = jax.tree.flatten(outs)
             ctx.save_for_backward(*tensors)
             return tuple(torch.from_dlpack(leaf) for leaf in leaves)
@@ -147,8 +149,9 @@ def load(folder: Any):
             if not differentiable:
                 raise RuntimeError(f"{manifest['name']} was exported without gradients")
             tensors = ctx.saved_tensors
-            outs = jax.tree.unflatten(ctx.tree, [_to_jax(c) for c in cotangents])
-            grads = backward(tuple(map(_to_jax, tensors)), outs)
+            with jax.enable_x64(wide):
+                outs = jax.tree.unflatten(ctx.tree, [_to_jax(c) for c in cotangents])
+                grads = backward(tuple(map(_to_jax, tensors)), outs)
             return tuple(
                 torch.from_dlpack(g) if t.is_floating_point() else None
                 for t, g in zip(tensors, grads, strict=True)
@@ -156,6 +159,11 @@ def load(folder: Any):
 
     def call(*tensors):
         check_inputs(manifest, tensors)
+        refuse_fork()
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                f"{manifest['name']} works under autograd, not torch.func and torch.vmap: use interop.export.load"
+            )
         outs = Exported.apply(*tensors)
         return jax.tree.unflatten(exported.out_tree, outs)
 

@@ -6,7 +6,6 @@ What JAX cannot read safely never reaches it: see `to_jax`. Ordering on CUDA is 
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +17,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from interop.environment import backend_initialised
+from interop import lending
 from interop.lending import lend
 
 Wide = Literal["error", "cast"]
@@ -40,15 +39,6 @@ _SIMPLE = {d for d in _TO_JAX if d not in _NARROW and not d.is_complex}
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ALIGNMENT = 64  # bytes; XLA's CPU backend copies arrays that start elsewhere
 _LOOKS = 100  # at whether a result is there, before waiting for it; measured: docs/MEASURED.md
-_forked = False
-
-
-def _after_fork() -> None:
-    global _forked
-    _forked = backend_initialised()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 def dtype_to_jax(dtype: torch.dtype) -> jnp.dtype:
@@ -141,7 +131,7 @@ def import_plain(tensor: torch.Tensor, wide: Wide) -> jax.Array:
         and not is_functorch_wrapped_tensor(tensor)
         and tensor.stride() == _canonical_strides(tensor.shape)
         and not tensor.data_ptr() % _ALIGNMENT
-        and not _forked
+        and not lending.forked
     ):
         return _direct.to_jax(tensor)
     return to_jax(tensor, wide=wide)
@@ -191,7 +181,7 @@ def to_torch(array: jax.Array, *, copy: bool | None = None) -> torch.Tensor:
             f"`array` must live on one addressable device, got {array.sharding}: gather it first, "
             "for example with jax.device_put(array, jax.devices()[0])"
         )
-    _refuse_fork()
+    lending.refuse_fork()
     if array.platform() == "gpu":
         _refuse_capture()
     tensor = torch.from_dlpack(array)
@@ -227,7 +217,7 @@ def _refuse(tensor: Any) -> None:
         raise TypeError(f"`tensor` must not be quantised, got {tensor.dtype}: use dequantize")
     if tensor.dtype not in _TO_JAX:
         raise TypeError(f"`tensor` must have a dtype that JAX knows, got {tensor.dtype}")
-    _refuse_fork()
+    lending.refuse_fork()
     if tensor.is_cuda:
         _refuse_capture()
 
@@ -243,14 +233,6 @@ def _refuse_subclass(tensor: Any) -> None:
     if is_traceable_wrapper_subclass(tensor):
         raise TypeError(
             f"`tensor` must be a plain tensor, got {type(tensor).__name__}: pass its local or inner tensor"
-        )
-
-
-def _refuse_fork() -> None:
-    if _forked:
-        raise RuntimeError(
-            "JAX was in use before this process was forked and would hang: start it with 'spawn' or 'forkserver' "
-            "(DataLoader: multiprocessing_context='spawn'), or keep JAX out of the worker"
         )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.custom_batching
 import jax.export
 import jax.numpy as jnp
 import torch
@@ -38,8 +39,10 @@ def export_operator(
 
     Args:
       function: jittable; its options bound, for example by `functools.partial`.
-      specs: one per argument: an array, a tensor or a `jax.ShapeDtypeStruct` (whose sizes may be symbolic, from
-        `jax.export.symbolic_shape`).
+      specs: one per argument: an array, a tensor or a `jax.ShapeDtypeStruct`. Sizes may be symbolic, from
+        `jax.export.symbolic_shape`: in the operators of `pallas_kernels` the batch, on every XLA implementation, and
+        the lengths T and S, which only "reference" can do: it is then chosen by itself, with O(T^2) memory in attention
+        and one step per token in the delta rule. float64 makes the whole artefact 64-bit.
       folder: made if need be; must be empty.
       name: in the manifest and messages; the function's own by default.
       platforms: of "cpu", "cuda", "rocm", "tpu"; one file each.
@@ -51,7 +54,8 @@ def export_operator(
     Raises:
       ImportError: flatbuffers is missing.
       ValueError: no platform, an unknown one, another `vjp_order`, or a folder that is not empty.
-      TypeError: a spec without shape and dtype, or results that are not arrays.
+      TypeError: a spec without shape and dtype, or with 64-bit integers while JAX has 32 bits; results that are not
+        arrays.
 
     Example:
       >>> import jax, jax.numpy as jnp, tempfile
@@ -71,14 +75,16 @@ def export_operator(
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"`folder` must be empty, got {folder}")
     inputs = [_spec(index, spec) for index, spec in enumerate(specs)]
+    wide = _wide(inputs)
     checks = [jax.export.DisabledSafetyCheck.custom_call(call) for call in _KERNEL_CALLS]
 
     blobs, outputs, custom_calls = {}, [], False
     for platform in platforms:
-        made = jax.export.export(jax.jit(function), platforms=(platform,), disabled_checks=checks)(
-            *inputs
-        )
-        blobs[platform] = made.serialize(vjp_order=vjp_order)
+        with jax.enable_x64(wide):
+            made = jax.export.export(
+                jax.jit(function), platforms=(platform,), disabled_checks=checks
+            )(*inputs)
+            blobs[platform] = made.serialize(vjp_order=vjp_order)
         outputs = [_describe(aval) for aval in made.out_avals]
         custom_calls |= any(call in made.mlir_module() for call in _KERNEL_CALLS)
 
@@ -117,7 +123,7 @@ def load(folder: str | pathlib.Path) -> Callable:
     """
     manifest = artefact_loader.read_manifest(folder)
     exported = artefact_loader.read_exported(folder)
-    call = wrap(lambda *arrays: exported.call(*arrays), name=manifest["name"])
+    call = wrap(_batchable(exported), name=manifest["name"])
 
     def checked(*tensors):
         artefact_loader.check_inputs(manifest, tensors)
@@ -125,6 +131,34 @@ def load(folder: str | pathlib.Path) -> Callable:
 
     checked.__name__ = manifest["name"]
     return checked
+
+
+def _batchable(exported: jax.export.Exported) -> Callable:
+    """The exported function under `jax.vmap` too, for which it has no rule: one row after the other."""
+    forward = jax.custom_batching.sequential_vmap(exported.call)
+
+    @jax.custom_vjp
+    def call(*arrays):
+        return forward(*arrays)
+
+    def pull_back(arrays, cotangents):
+        inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in arrays]
+        leaves, tree = jax.tree.flatten(cotangents)
+        tangible = [leaf.dtype != jax.dtypes.float0 for leaf in leaves]
+
+        @jax.custom_batching.sequential_vmap
+        def of_floats(arrays, given):
+            rest = iter(given)
+            full = [next(rest) if t else x for t, x in zip(tangible, leaves, strict=True)]
+            gradients = jax.vjp(exported.call, *arrays)[1](tree.unflatten(full))
+            return [g for g, real in zip(gradients, inexact, strict=True) if real]
+
+        given = [leaf for leaf, real in zip(leaves, tangible, strict=True) if real]
+        found = iter(of_floats(arrays, given))
+        return tuple(next(found) if real else None for real in inexact)
+
+    call.defvjp(lambda *arrays: (forward(*arrays), arrays), pull_back)
+    return call
 
 
 def _spec(index: int, spec: Any) -> jax.ShapeDtypeStruct:
@@ -136,6 +170,18 @@ def _spec(index: int, spec: Any) -> jax.ShapeDtypeStruct:
         )
     dtype_to_torch(spec.dtype)
     return jax.ShapeDtypeStruct(spec.shape, spec.dtype)
+
+
+def _wide(specs: Sequence[jax.ShapeDtypeStruct]) -> bool:
+    """Whether JAX has 64 bits for these, as `interop.wrap` decides it."""
+    names = [jnp.dtype(spec.dtype).name for spec in specs]
+    wide = bool(jax.config.jax_enable_x64) or not {"float64", "complex128"}.isdisjoint(names)
+    for index, name in enumerate(names):
+        if name in ("int64", "uint64") and not wide:
+            raise TypeError(
+                f"`specs[{index}]` must have 32 bits while jax_enable_x64 is off, got {name}"
+            )
+    return wide
 
 
 def _describe(aval: Any) -> dict[str, Any]:

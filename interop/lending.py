@@ -7,12 +7,14 @@ without an active exception", for one script in twenty-five that ends right afte
 
 import atexit
 import collections
+import os
 import sys
 import time
 import weakref
 
 import jax
 import torch
+from jax._src import xla_bridge
 
 _LONGEST_WAIT = 2.0  # seconds
 _GRACE = 0.05  # seconds
@@ -20,8 +22,33 @@ _GRACE = 0.05  # seconds
 _lent: collections.deque[weakref.ref[torch.Tensor]] = collections.deque(maxlen=256)
 
 
+forked = False  # whether JAX was in use when this process was forked
+
+
+def _after_fork() -> None:
+    global forked
+    forked = xla_bridge.backends_are_initialized()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def refuse_fork() -> None:
+    """Raises `RuntimeError` where JAX would wait for threads that the fork has left behind."""
+    if forked:
+        raise RuntimeError(
+            "JAX was in use before this process was forked and would hang: start it with 'spawn' or 'forkserver' "
+            "(DataLoader: multiprocessing_context='spawn'), or keep JAX out of the worker"
+        )
+
+
 def lend(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's memory under a new name, to be given to JAX and dropped: once it is gone, XLA has let go."""
+    """The tensor's memory under a new name, to be given to JAX and dropped: once it is gone, XLA has let go.
+
+    Raises:
+      RuntimeError: see `refuse_fork`.
+    """
+    refuse_fork()
     alias = tensor.detach()
     _lent.append(weakref.ref(alias))
     return alias

@@ -1,7 +1,8 @@
 """The operators of `pallas_kernels` as PyTorch functions, under autograd and `torch.compile`.
 
-Same names, layouts and options; tensors where arrays were. 64-bit integers (PyTorch's default for ids, positions and
-offsets) are cast to 32 bits.
+Names, layouts and meanings are the same; tensors stand where arrays stood. Integers of any dtype (PyTorch's default for
+ids, positions and offsets has 64 bits) become int32, or raise where one does not fit. Values that JAX looks at outside
+`jit` are looked at here too where that costs nothing: on the CPU, outside torch.compile and transforms.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 import pallas_kernels
+from interop.dlpack import dtype_to_jax
+from interop.integers import as_int32, readable
 from interop.torch_function import wrap
 
 
@@ -67,9 +70,11 @@ def attention(
     """
     return _attention(
         query, key, value, mask=mask, bias=bias, sinks=sinks,
-        query_segment_ids=_int32(query_segment_ids), kv_segment_ids=_int32(kv_segment_ids),
-        query_positions=_int32(query_positions), kv_positions=_int32(kv_positions),
-        q_offsets=_int32(q_offset) if isinstance(q_offset, Tensor) else None,
+        query_segment_ids=as_int32("query_segment_ids", query_segment_ids),
+        kv_segment_ids=as_int32("kv_segment_ids", kv_segment_ids),
+        query_positions=as_int32("query_positions", query_positions),
+        kv_positions=as_int32("kv_positions", kv_positions),
+        q_offsets=as_int32("q_offset", q_offset) if isinstance(q_offset, Tensor) else None,
         q_offset=None if isinstance(q_offset, Tensor) else q_offset,
         dropout_seed=draw_seed(query, dropout_rate, dropout_seed), dropout_rate=dropout_rate,
         scale=scale, is_causal=is_causal, causal_alignment=causal_alignment, sliding_window=sliding_window,
@@ -108,9 +113,21 @@ def gated_delta_rule(
       >>> interop.gated_delta_rule(q, q, v, g, torch.rand(1, 5, 4), use_qk_l2norm=True).final_state.shape
       torch.Size([1, 4, 8, 8])
     """
+    cu_seqlens, segment_ids = (
+        as_int32("cu_seqlens", cu_seqlens),
+        as_int32("segment_ids", segment_ids),
+    )
+    if cu_seqlens is not None and readable(cu_seqlens):
+        tokens = [
+            jax.ShapeDtypeStruct(tuple(x.shape), dtype_to_jax(x.dtype))
+            for x in (query, key, value, g, beta)
+        ]
+        pallas_kernels.explain(
+            "gated_delta_rule", *tokens, cu_seqlens=cu_seqlens.numpy()
+        )  # its checks of values
     out, state = _gated_delta_rule(
-        query, key, value, g, beta, initial_state=initial_state, segment_ids=_int32(segment_ids),
-        cu_seqlens=_int32(cu_seqlens), scale=scale, use_qk_l2norm=use_qk_l2norm, chunk_size=chunk_size,
+        query, key, value, g, beta, initial_state=initial_state, segment_ids=segment_ids,
+        cu_seqlens=cu_seqlens, scale=scale, use_qk_l2norm=use_qk_l2norm, chunk_size=chunk_size,
         implementation=implementation,
     )  # fmt: skip
     return GatedDeltaRuleOutput(out, state)
@@ -150,10 +167,6 @@ def dropout_key(seed: jax.Array | None) -> jax.Array | None:
     return jax.random.wrap_key_data(
         jax.lax.bitcast_convert_type(seed, jax.numpy.uint32), impl="threefry2x32"
     )
-
-
-def _int32(tensor: Tensor | None) -> Tensor | None:
-    return tensor.to(torch.int32) if tensor is not None and tensor.dtype == torch.int64 else tensor
 
 
 def _given(**options) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+SYMBOLIC = "its blocks need sizes that are numbers, not symbols of jax.export"
 HOPPER = "compute capability 9.0 (H100, H200)"
 
 
@@ -159,3 +160,8 @@ def use_tuned(operator: str, table: Mapping[str, Any]) -> None:
 def tuned(operator: str, key: str) -> Any:
     """The configuration that was tuned for `key`, or None."""
     return next((found for *place, found in _TUNED.value if place == [operator, key]), None)
+
+
+def is_symbolic(*arrays: Any) -> bool:
+    """Whether a size of the arrays is a symbol of `jax.export`."""
+    return not all(isinstance(size, int) for array in arrays for size in array.shape)

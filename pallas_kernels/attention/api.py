@@ -271,9 +271,12 @@ def _reasons(query, key, value, options, *, with_lse: bool, qkv=None) -> dict[st
         "value_dim": value.shape[-1],
         "options": options,
     }
+    symbolic = _dispatch.is_symbolic(query, key, value)
     varying = _sharding.is_varying((query, key, value, qkv, options))
     kernels = {
-        name: mosaic_gpu_tuning.unsupported_reason(
+        name: _dispatch.SYMBOLIC
+        if symbolic
+        else mosaic_gpu_tuning.unsupported_reason(
             **about, varying=varying, atomic=name == "mosaic_gpu_atomic"
         )
         for name in ("mosaic_gpu", "mosaic_gpu_atomic")
@@ -281,12 +284,14 @@ def _reasons(query, key, value, options, *, with_lse: bool, qkv=None) -> dict[st
     names = ["cudnn", "blockwise", *kernels, "reference"]
     if mosaic_gpu_tuning.preferred():
         names = ["cudnn", "mosaic_gpu", "blockwise", "mosaic_gpu_atomic", "reference"]
-    return {
-        name: kernels[name]
-        if name in kernels
-        else tuning.unsupported_reason(name, **about, with_lse=with_lse)
-        for name in names
+    lengths = query.shape[1], key.shape[1]
+    others = {
+        name: tuning.unsupported_reason(name, **about, lengths=lengths, with_lse=with_lse)
+        for name in ("cudnn", "blockwise", "reference")
     }
+    if symbolic:
+        others["cudnn"] = others["cudnn"] or _dispatch.SYMBOLIC
+    return {name: {**kernels, **others}[name] for name in names}
 
 
 def _run(operator, query, key, value, options, implementation, *, with_lse) -> AttentionOutput:
@@ -320,6 +325,8 @@ def _normal_form(query, key, options) -> tuple[algebra.Options, algebra.Context]
     offset = options["q_offset"]
     if offset is None:
         offset = kv_len - q_len if bottom_right else 0
+        if not isinstance(offset, int):  # a symbol of jax.export
+            offset = jnp.broadcast_to(jnp.asarray(offset), query.shape[:1])
     q_offsets = None
     if q_starts is not None and kv_starts is not None:
         offset = 0  # positions count inside each sequence

@@ -50,6 +50,8 @@ def _split(length: int, target: int) -> int:
 
 
 def _largest_divisor(number: int, limit: int) -> int:
+    if not isinstance(number, int):  # symbolic (jax.export)
+        return 1
     return max(d for d in range(1, max(1, min(number, limit)) + 1) if number % d == 0)
 
 
@@ -59,6 +61,7 @@ def unsupported_reason(
     dtype,
     head_dim: int,
     value_dim: int,
+    lengths: tuple,
     options: dict,
     with_lse: bool,
 ) -> str | None:
@@ -67,9 +70,14 @@ def unsupported_reason(
     Args:
       implementation: "reference", "blockwise" or "cudnn" (`mosaic_gpu_tuning` answers for its own).
       dtype, head_dim, value_dim: of query and value.
+      lengths: T and S, which may be symbolic (`jax.export`).
       options: the keyword arguments of `gqa_attention`.
       with_lse: whether the caller also takes the lse.
     """
+    if implementation == "reference":
+        return None
+    if not all(isinstance(length, int) for length in lengths):
+        return _dispatch.SYMBOLIC
     if implementation != "cudnn":
         return None
     target = _dispatch.target()

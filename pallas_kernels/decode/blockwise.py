@@ -41,7 +41,9 @@ def decode_attention(operands: algebra.Operands, options: algebra.Options):
 
     count = batch * num_kv_heads
     pairs = jnp.divmod(jnp.arange(count), num_kv_heads)
-    size = math.gcd(count, tuning.pairs_at_once(count))
+    size = tuning.pairs_at_once(count)
+    if isinstance(count, int):  # not a symbol of jax.export
+        size = math.gcd(count, size)
     if size == count:
         # By axes, not by indices: a gather of all pairs would be a copy of the caches.
         of_row = jax.vmap(attend, in_axes=(0, None, 0))

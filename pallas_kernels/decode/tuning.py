@@ -15,6 +15,8 @@ def pairs_at_once(num_pairs: int) -> int:
     """
     if _dispatch.target().platform != "cpu":
         return num_pairs
+    if not isinstance(num_pairs, int):  # a symbolic batch (jax.export)
+        return 1
     return math.gcd(num_pairs, os.cpu_count() or 1)
 
 

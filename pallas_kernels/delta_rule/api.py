@@ -227,10 +227,13 @@ def _step_reasons(tokens: step.Tokens, state, slots) -> dict[str, str | None]:
 
 def _reasons(sizes, tokens: order.Tokens, others, chunk_size) -> dict[str, str | None]:
     names = ["chunked", "reference"]
-    if sizes["T"] <= tuning.RECURRENT_TOKENS:
+    if isinstance(sizes["T"], int) and sizes["T"] <= tuning.RECURRENT_TOKENS:
         names.reverse()
-    found = {name: tuning.unsupported_reason(name, chunk_size=chunk_size) for name in names}
-    kernels = mosaic_gpu_tuning.unsupported_reason(
+    found = {
+        name: tuning.unsupported_reason(name, length=sizes["T"], chunk_size=chunk_size)
+        for name in names
+    }
+    kernels = _dispatch.SYMBOLIC if _dispatch.is_symbolic(*tokens) else mosaic_gpu_tuning.unsupported_reason(
         dtypes=tuple(x.dtype for x in tokens[:3]), key_dim=sizes["Dk"], value_dim=sizes["Dv"],
         per_channel=len(tokens.g.shape) == 4, chunk_size=chunk_size,
         varying=_sharding.is_varying((tokens, others)),

@@ -2,6 +2,8 @@
 
 import math
 
+from pallas_kernels import _dispatch
+
 # A chunk of 64 balances the C^2 work inside a chunk against the D^2 work on the state for D = 64...256.
 CHUNK = 64
 CHUNK_SIZES = (16, 32, 64, 128)
@@ -44,13 +46,17 @@ def block(num_chunks: int, pairs: int, platform: str) -> int:
     A block should give the device enough work at a time; what it holds should stay in a CPU's cache, and is scratch
     memory elsewhere. `pairs` counts rows times lanes times value heads.
     """
+    if not isinstance(pairs, int):  # a symbolic batch (jax.export)
+        return 1
     target = max(1, (_BLOCK_PAIRS if platform == "cpu" else _BLOCK_PAIRS_ACCELERATOR) // pairs)
     blocks = math.ceil(num_chunks / target)
     return max(1, math.ceil(num_chunks / max(blocks, 1)))
 
 
-def unsupported_reason(implementation: str, *, chunk_size: int | None) -> str | None:
-    """Why `implementation` cannot run a call, or None if it can."""
+def unsupported_reason(implementation: str, *, length: int, chunk_size: int | None) -> str | None:
+    """Why `implementation` cannot run a call of `length` tokens (symbolic under `jax.export`), or None if it can."""
+    if implementation == "chunked" and not isinstance(length, int):
+        return _dispatch.SYMBOLIC
     if implementation == "reference" and chunk_size is not None:
         return "`chunk_size` has no meaning for the token recurrence"
     return None

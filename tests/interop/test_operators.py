@@ -278,3 +278,63 @@ def test_operators_compile_whole():
     pairs = (torch.autograd.grad(f(*tensors), tensors) for f in (compiled, model))
     for mine, its in zip(*pairs, strict=True):
         assert_close(mine, its, atol=1e-5)
+
+
+@pytest.mark.parametrize("values", [[0, 8, 3, 10], [0, 4, 99], [3, 10], [0, -1, 10]])
+def test_offsets_that_jax_refuses_are_refused(values):
+    tokens = [torch.randn(1, 10, 2, 8)] * 2 + [torch.randn(1, 10, 4, 4)]
+    gates = [-torch.rand(1, 10, 4), torch.rand(1, 10, 4)]
+    for dtype in (torch.int64, torch.int32):
+        with pytest.raises(
+            ValueError, match=r"`cu_seqlens` must rise from 0 to at most T=10, got \["
+        ):
+            interop.gated_delta_rule(*tokens, *gates, cu_seqlens=torch.tensor(values, dtype=dtype))
+
+
+def test_integers_that_do_not_fit_are_refused_by_name():
+    x, ids = torch.randn(1, 2, 2, 8), torch.tensor([[0, 2**32]])  # the second would become 0
+    with pytest.raises(ValueError, match=r"`query_segment_ids` must fit int32, got 4294967296"):
+        interop.attention(x, x, x, query_segment_ids=ids, kv_segment_ids=ids)
+    offsets = torch.tensor([0, 2**32 + 2])
+    with pytest.raises(ValueError, match=r"`cu_seqlens` must fit int32, got 4294967298"):
+        interop.gated_delta_rule(x, x, x, -x[..., 0].abs(), x[..., 0].sigmoid(), cu_seqlens=offsets)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("batch, length", [(1, 1), (3, 37), (3, 130)])
+def test_half_precision_forward_and_gradient(batch, length, dtype):
+    """Jitted, as every call from torch is, with the results read; the truth is torch's in float64."""
+    generator = torch.Generator().manual_seed(length)
+    make = lambda heads: (0.5 * torch.randn(batch, length, heads, 8, generator=generator)).to(dtype)
+    tensors = [make(heads).requires_grad_() for heads in (4, 2, 2)]
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    rows = [x.transpose(1, 2) for x in wide]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *rows, is_causal=True, enable_gqa=True
+    )
+    ours = interop.attention(*tensors, is_causal=True)
+    assert ours.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    assert_close(ours.double(), expected.transpose(1, 2), atol=4 * eps)
+    weight = torch.randn(ours.shape, generator=generator, dtype=torch.float64).to(dtype)
+    mine = torch.autograd.grad((ours * weight).float().sum(), tensors)
+    its = torch.autograd.grad((expected.transpose(1, 2) * weight.double()).sum(), wide)
+    for one, other in zip(mine, its, strict=True):
+        assert one.dtype == dtype
+        assert_close(one.double(), other, atol=8 * eps * max(1.0, float(other.abs().max())))
+
+    value, beta = make(4).requires_grad_(), make(4)[..., 0].sigmoid()
+    g = -make(4)[..., 0].float().abs()
+    query, key = (
+        torch.nn.functional.normalize(x.detach().float(), dim=-1).to(dtype) for x in tensors[1:]
+    )
+    out = interop.gated_delta_rule(query, key, value, g, beta).out
+    double = [x.detach().double() for x in (query, key, value, g, beta)]
+    double[2].requires_grad_()
+    reference = interop.gated_delta_rule(*double, implementation="reference").out
+    assert_close(out.double(), reference, atol=8 * eps)
+    (one,), (other,) = (
+        torch.autograd.grad(out.float().sum(), value),
+        torch.autograd.grad(reference.sum(), double[2]),
+    )
+    assert_close(one.double(), other, atol=8 * eps * max(1.0, float(other.abs().max())))
