@@ -112,7 +112,7 @@ def check_step(x: Tensor, cache: Any, lengths: Tensor | None) -> Tensor | None:
         )
         shape: Any = jax.ShapeDtypeStruct(tuple(x.shape), dtype_to_jax(x.dtype))
         given: Any = None if lengths is None else lengths.numpy()
-        check_arrays(shape, seen, given)
+        check_arrays(shape, seen, given, width=x.shape[-1], rows={})  # the traced step checks those
     return lengths
 
 
