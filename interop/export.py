@@ -20,6 +20,7 @@ import torch
 from interop import artefact_loader, lending
 from interop.dlpack import dtype_to_jax, dtype_to_torch
 from interop.torch_function import wrap
+from pallas_kernels import _dispatch
 
 _KERNEL_CALLS = ("mosaic_gpu_v2", "mosaic_gpu", "__gpu$xla.gpu.triton", "triton_kernel_call")
 
@@ -80,7 +81,8 @@ def export_operator(
 
     blobs, outputs, custom_calls = {}, [], False
     for platform in platforms:
-        with jax.enable_x64(wide):
+        target = _dispatch.target_of(platform)
+        with jax.enable_x64(wide), _dispatch.targeting(target):
             made = jax.export.export(
                 jax.jit(function), platforms=(platform,), disabled_checks=checks
             )(*inputs)

@@ -146,6 +146,13 @@ def target() -> Target:
     return Target(platform, capability if is_nvidia else None)
 
 
+def target_of(platform: str) -> Target:
+    """The target for "cpu", "cuda", "rocm" or "tpu": this machine's if it is of that platform, else any such one."""
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+    here = target()
+    return here if here.platform == platform else Target(platform)
+
+
 def targeting(value: Target) -> contextlib.AbstractContextManager[None]:
     """Programs traced inside, in this thread, are for another machine."""
     return _TARGET(value)

@@ -15,6 +15,7 @@ pytest.importorskip("flatbuffers")
 import interop  # noqa: E402
 import pallas_kernels  # noqa: E402
 from interop import artefact_loader, export  # noqa: E402
+from pallas_kernels import _dispatch  # noqa: E402
 from tests.support.compare import assert_close  # noqa: E402
 from tests.support.fresh_process import run_python  # noqa: E402
 
@@ -194,6 +195,19 @@ def test_damaged_files_are_refused(artefact, tmp_path):
     assert not (tmp_path / "executed").exists()
     with pytest.raises(FileNotFoundError):
         export.load(tmp_path / "nowhere")
+
+
+def test_each_platform_is_traced_for_itself(tmp_path):
+    """Tiles and implementations are chosen for the platform of the file, not for the machine that writes it."""
+    traced = []
+
+    def function(x):
+        traced.append(_dispatch.target())
+        return x + 1
+
+    spec = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    export.export_operator(function, [spec], tmp_path, platforms=("cpu", "cuda"))
+    assert {target.platform for target in traced} == {"cpu", "gpu"}
 
 
 def test_export_checks_its_arguments(tmp_path):
