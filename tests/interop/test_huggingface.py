@@ -62,7 +62,7 @@ def test_gradients_of_every_parameter(model):
         assert_close(our_gradients[name], gradient, atol=1e-5, what=name)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "in chunks"])
 def test_greedy_generation(model, cache):
     ids = tokens(5)
     options = dict(
@@ -71,6 +71,8 @@ def test_greedy_generation(model, cache):
     if cache == "static":
         options["cache_implementation"] = "static"
         options["disable_compile"] = True
+    if cache == "in chunks":
+        options["prefill_chunk_size"] = 3
     ours, theirs = both(model, lambda: model.generate(ids, **options))
     assert torch.equal(ours, theirs)
 
