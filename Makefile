@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 NEWEST ?= .venv-newest
+NEWEST_TORCH ?= .venv-newest-torch
 RUN     = $(VENV)/bin/python
 WORKERS ?= 2
 # What `test-newest` runs; CI takes the rooms whose code JAX's versions treat differently.
@@ -16,7 +17,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gqa_j
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: demo test test-all mutants peers check format notebooks bench test-newest test-gpu clean
+.PHONY: demo test test-all mutants peers check format notebooks bench test-newest test-newest-torch test-gpu clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m gqa_jax demo
@@ -56,6 +57,10 @@ bench: $(VENV)/.ready
 test-newest: $(NEWEST)/.ready
 	$(NEWEST)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not torch" $(NEWEST_TESTS)
 
+# The newest torch and transformers with the default JAX: what torch.compile and Hugging Face have changed since.
+test-newest-torch: $(NEWEST_TORCH)/.ready
+	$(NEWEST_TORCH)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal tests/interop
+
 test-gpu: $(VENV)/.ready
 	JAX_PLATFORMS=cuda,cpu GQA_JAX_TEST_PLATFORM=gpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(RUN) -m pytest -q -m gpu tests
 
@@ -70,5 +75,10 @@ $(NEWEST)/.ready: pyproject.toml constraints/newest.txt
 	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check -c constraints/newest.txt -e '.[test]'
 	touch $@
 
+$(NEWEST_TORCH)/.ready: pyproject.toml constraints/newest-torch.txt
+	$(PYTHON) -m venv $(NEWEST_TORCH)
+	$(NEWEST_TORCH)/bin/python -m pip install -q --disable-pip-version-check -c constraints/newest-torch.txt -e '.[torch,hf,export,test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(NEWEST) build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(NEWEST_TORCH) build dist *.egg-info

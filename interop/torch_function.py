@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from interop import program_calls, programs, structure
 from interop.dlpack import Wide
@@ -75,7 +76,7 @@ def wrap(
     def call(*args, **kwargs):
         static = tuple((key, kwargs.pop(key)) for key in static_names if key in kwargs)
         if torch.compiler.is_compiling():
-            return _call_traced(handle, static, (args, kwargs))
+            return _call_traced(handle, _constants(static), (args, kwargs))
         return _call_eager(owner, static, (args, kwargs))
 
     # A code object of its own: Dynamo counts recompilations per code object.
@@ -132,6 +133,18 @@ def _call_traced(handle: str, static: tuple, arguments: tuple) -> Any:
     key = _program_key(handle, form, static)
     flat = torch.ops.gqa_jax.call(leaves, key, "")[0]
     return structure.rebuild(_results(key), flat)
+
+
+def _constants(values: tuple) -> tuple:
+    """Numbers as they are now: one that changes between calls comes as a symbol, and another value traces again."""
+    return tuple(
+        guard_scalar(value)
+        if isinstance(value, int | float)
+        else _constants(value)
+        if type(value) is tuple
+        else value
+        for value in values
+    )
 
 
 @torch._dynamo.assume_constant_result

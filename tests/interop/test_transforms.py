@@ -142,3 +142,22 @@ def test_second_order_through_a_compiled_graph_is_right():
         (first,) = torch.autograd.grad(f(x, w), x, create_graph=True)
         second.append(torch.autograd.grad(first.square().sum(), x)[0])
     assert_close(*second, atol=1e-4)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_static_numbers_may_change_between_compiled_calls(fullgraph):
+    """Dynamo makes a symbol of a number that changed; past its limit of recompilations the call is eager."""
+    torch._dynamo.reset()
+    ours = interop.wrap(
+        lambda x, *, n, scale, pair: x**n * scale + sum(pair),
+        static_argnames=("n", "scale", "pair"),
+    )
+    compiled = torch.compile(
+        lambda x, n, s: ours(x, n=n, scale=s, pair=(n, s)), backend="eager", fullgraph=fullgraph
+    )
+    x = torch.tensor([1.0, 2.0])
+    calls = [(2, 1.0), (3, 1.0), (4, 2.5), (4, 3.5), (2, 1.0)]
+    if not fullgraph:
+        calls += [(n, n / 2) for n in range(1, 11)]
+    for n, scale in calls:
+        assert_close(compiled(x, n, scale), x**n * scale + n + scale, atol=1e-4)
