@@ -72,7 +72,8 @@ def gated_delta_rule(
       query, key: `[B, T, Hk, Dk]`, T >= 0. Keys should have length at most 1 (`use_qk_l2norm`): with longer ones the
         rule itself is unstable.
       value: `[B, T, Hv, Dv]`, Hv a multiple of Hk; value head h reads key head `h // (Hv // Hk)`.
-      g: `[B, T, Hv]`, natural-log decay, <= 0; or `[B, T, Hk, Dk]`, one decay per key channel (Kimi delta attention).
+      g: `[B, T, Hv]`, natural-log decay, <= 0 (-inf forgets everything); or `[B, T, Hk, Dk]`, one decay per key
+        channel (Kimi delta attention).
       beta: `[B, T, Hv]`, writing strength, in [0, 1], or up to 2 for negative eigenvalues.
       initial_state: `[B, Hv, Dk, Dv]`, or `[num_sequences, Hv, Dk, Dv]` with `cu_seqlens`; zeros if None. With
         `segment_ids` it belongs to the segment of each row's first real token.
@@ -128,15 +129,20 @@ def gated_delta_rule(
     if cu_seqlens is not None:
         cu_seqlens = jnp.asarray(cu_seqlens)
     tokens, initial_state, segment_ids, cu_seqlens = _sharding.vary_alike(
-        (tokens, initial_state, segment_ids, cu_seqlens)
+        (tokens._replace(g=order.bounded(g)), initial_state, segment_ids, cu_seqlens)
     )
+    kernels = chosen == "mosaic_gpu"
+    boundaries = reference.boundaries(value.shape[:2], segment_ids, cu_seqlens)
+    if not kernels:
+        tokens, initial_state, spoiled = order.finite(tokens, initial_state, boundaries[1])
     if chosen == "reference":
         out, final, _ = reference.recurrent(
             *tokens, initial_state=initial_state, scale=scale,
             use_qk_l2norm=use_qk_l2norm, segment_ids=segment_ids, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        return GatedDeltaRuleOutput(out, final)
-    kernels = chosen == "mosaic_gpu"
+        return GatedDeltaRuleOutput(
+            *order.spoiled_outputs(out, final, spoiled, boundaries, cu_seqlens)
+        )
     plan = _plan(
         sizes,
         cu_seqlens,
@@ -148,6 +154,8 @@ def gated_delta_rule(
     )
     run = vjp.mosaic_gpu if kernels else vjp.gated_delta_rule
     out, final = run(plan, tokens, initial_state, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
+    if not kernels:
+        out, final = order.spoiled_outputs(out, final, spoiled, boundaries, cu_seqlens)
     return GatedDeltaRuleOutput(out, final)
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._inert import finite_part, spoil
 from pallas_kernels.delta_rule import algebra
 
 
@@ -56,6 +57,77 @@ class Tokens(NamedTuple):
     value: jax.Array
     g: jax.Array
     beta: jax.Array
+
+
+def bounded(g):
+    """`g`, at least -1000: e^-1000 is 0 in every dtype, as e^-inf, but a sum of a chunk's keeps its other digits."""
+    return jnp.maximum(g, jnp.asarray(-1000, g.dtype))
+
+
+class Spoiled(NamedTuple):
+    """What was not finite.
+
+    Attributes:
+      read: `[B, T, Hv]` bool, by the token alone: its query.
+      written: `[B, T, Hv, Dv]`, and by everything after it in its segment or sequence.
+      state: `[B or num_sequences, Hv, Dv]`, the initial state.
+    """
+
+    read: jax.Array
+    written: jax.Array
+    state: jax.Array
+
+
+def finite(tokens: Tokens, initial_state, real) -> tuple[Tokens, jax.Array, Spoiled]:
+    """The call with zeros for what is not finite, and where that was.
+
+    Chunks are full products, in which even a zero for "later" or "of another segment" would make NaN of a NaN.
+    """
+    query, key, value, g, beta = tokens
+    group = value.shape[2] // key.shape[2]
+    rows_spoiled = lambda x: jnp.repeat((x * 0).sum(-1) != 0, group, axis=2)  # x * 0 is NaN or 0
+    spoiled = rows_spoiled(key) | ~jnp.isfinite(beta)
+    spoiled |= ~jnp.isfinite(g) if g.ndim == 3 else rows_spoiled(g)
+    read, written = rows_spoiled(query), spoiled[..., None] | ~jnp.isfinite(value)
+    if real is not None:
+        read, written = read & real[..., None], written & real[..., None, None]
+    of_state = (initial_state * 0).sum(-2) != 0
+    return (
+        Tokens(*map(finite_part, tokens)), finite_part(initial_state), Spoiled(read, written, of_state),
+    )  # fmt: skip
+
+
+def spoiled_outputs(out, final, spoiled: Spoiled, boundaries, cu_seqlens):
+    """`(out, final_state)` with NaN in every column that something not finite reached; derivatives are as without.
+
+    Args:
+      boundaries: `(starts, real, sequence)`, each `[B, T]` or None: tokens that begin a segment or sequence, tokens
+        that are not padding, each token's packed sequence.
+    """
+    starts, real, sequence = boundaries
+    place = jnp.arange(out.shape[1], dtype=jnp.int32)[None]
+
+    def latest(happens):
+        places = place.reshape(1, -1, *(1,) * (happens.ndim - 2))
+        return jax.lax.cummax(jnp.where(happens, places, -1), axis=1)
+
+    def mark(out, final):
+        begin = jnp.full_like(place, -1) if starts is None else latest(starts)
+        touched = latest(spoiled.written) >= jnp.maximum(begin, 0)[..., None, None]
+        if sequence is None:
+            touched |= (begin < 0)[..., None, None] & spoiled.state[:, None]
+            at_end = touched[:, -1]
+        else:
+            touched |= spoiled.state[jnp.minimum(sequence, spoiled.state.shape[0] - 1)]
+            has_tokens = (cu_seqlens[1:] > cu_seqlens[:-1])[:, None, None]
+            at_end = jnp.where(has_tokens, touched[0, cu_seqlens[1:] - 1], spoiled.state)
+        touched |= spoiled.read[..., None]
+        if real is not None:
+            touched &= real[..., None, None]
+        return spoil(out, touched), spoil(final, at_end[..., None, :])
+
+    anything = spoiled.read.any() | spoiled.written.any() | spoiled.state.any()
+    return jax.lax.cond(anything, mark, lambda out, final: (out, final), out, final)
 
 
 def chunk_count(length: int, num_sequences: int | None, chunk: int) -> int:

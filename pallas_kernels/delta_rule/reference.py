@@ -16,7 +16,7 @@ def recurrent(
 ):  # fmt: skip
     """Returns `(out [B, T, Hv, Dv], final_state, states [B, T, Hv, Dk, Dv] or None)`."""
     compute = initial_state.dtype
-    starts, real, sequence = _boundaries(value.shape[:2], segment_ids, cu_seqlens)
+    starts, real, sequence = boundaries(value.shape[:2], segment_ids, cu_seqlens)
 
     def clean(x):
         if real is not None:
@@ -53,10 +53,12 @@ def recurrent(
     if states is not None:
         states = jnp.moveaxis(states, 0, 1)
     out = jnp.moveaxis(out, 0, 1).astype(value.dtype)
+    if real is not None:
+        out = jnp.where(real[..., None, None], out, 0)  # whatever the state holds
     return out, state if finals is None else finals, states
 
 
-def _boundaries(shape, segment_ids, cu_seqlens):
+def boundaries(shape, segment_ids, cu_seqlens):
     """`(starts, real, sequence)`, each `[B, T]` or None."""
     if segment_ids is not None:
         return *algebra.segment_starts(segment_ids), None
