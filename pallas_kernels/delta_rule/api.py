@@ -1,5 +1,6 @@
 """Public gated delta rule: contract, validation, choice of implementation."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch, _sharding
+from pallas_kernels._inert import finite_part
 from pallas_kernels.delta_rule import (
     algebra,
     mosaic_gpu_tuning,
@@ -128,21 +130,23 @@ def gated_delta_rule(
         return GatedDeltaRuleOutput(jnp.zeros_like(value), initial_state)
     if cu_seqlens is not None:
         cu_seqlens = jnp.asarray(cu_seqlens)
-    tokens, initial_state, segment_ids, cu_seqlens = _sharding.vary_alike(
+    varied: Any = _sharding.vary_alike(
         (tokens._replace(g=order.bounded(g)), initial_state, segment_ids, cu_seqlens)
     )
+    tokens, initial_state, segment_ids, cu_seqlens = varied
     kernels = chosen == "mosaic_gpu"
-    boundaries = reference.boundaries(value.shape[:2], segment_ids, cu_seqlens)
+    marked = functools.partial(
+        order.spoiled_outputs, tokens=tokens, initial_state=initial_state, cu_seqlens=cu_seqlens,
+        boundaries=reference.boundaries(value.shape[:2], segment_ids, cu_seqlens),
+    )  # fmt: skip
     if not kernels:
-        tokens, initial_state, spoiled = order.finite(tokens, initial_state, boundaries[1])
+        initial_state = finite_part(initial_state)
     if chosen == "reference":
         out, final, _ = reference.recurrent(
-            *tokens, initial_state=initial_state, scale=scale,
+            *map(finite_part, tokens), initial_state=initial_state, scale=scale,
             use_qk_l2norm=use_qk_l2norm, segment_ids=segment_ids, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        return GatedDeltaRuleOutput(
-            *order.spoiled_outputs(out, final, spoiled, boundaries, cu_seqlens)
-        )
+        return GatedDeltaRuleOutput(*marked((out, final)))
     plan = _plan(
         sizes,
         cu_seqlens,
@@ -153,10 +157,8 @@ def gated_delta_rule(
         kernels=kernels,
     )
     run = vjp.mosaic_gpu if kernels else vjp.gated_delta_rule
-    out, final = run(plan, tokens, initial_state, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
-    if not kernels:
-        out, final = order.spoiled_outputs(out, final, spoiled, boundaries, cu_seqlens)
-    return GatedDeltaRuleOutput(out, final)
+    outputs = run(plan, tokens, initial_state, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
+    return GatedDeltaRuleOutput(*(outputs if kernels else marked(outputs)))
 
 
 def gated_delta_rule_step(

@@ -5,6 +5,8 @@ tokens; `z` counts batch rows times lanes. Packed `cu_seqlens` rows are gathered
 """
 
 import dataclasses
+import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -78,10 +80,11 @@ class Spoiled(NamedTuple):
     state: jax.Array
 
 
-def finite(tokens: Tokens, initial_state, real) -> tuple[Tokens, jax.Array, Spoiled]:
-    """The call with zeros for what is not finite, and where that was.
+def spoiled_tokens(tokens: Tokens, initial_state, real) -> Spoiled:
+    """Where a call is not finite.
 
-    Chunks are full products, in which even a zero for "later" or "of another segment" would make NaN of a NaN.
+    Chunks are full products, in which even a zero for "later" or "of another segment" would make NaN of a NaN: so they
+    are computed with zeros instead (`load`), and `spoiled_outputs` says afterwards what became of those.
     """
     query, key, value, g, beta = tokens
     group = value.shape[2] // key.shape[2]
@@ -91,27 +94,27 @@ def finite(tokens: Tokens, initial_state, real) -> tuple[Tokens, jax.Array, Spoi
     read, written = rows_spoiled(query), spoiled[..., None] | ~jnp.isfinite(value)
     if real is not None:
         read, written = read & real[..., None], written & real[..., None, None]
-    of_state = (initial_state * 0).sum(-2) != 0
-    return (
-        Tokens(*map(finite_part, tokens)), finite_part(initial_state), Spoiled(read, written, of_state),
-    )  # fmt: skip
+    return Spoiled(read, written, (initial_state * 0).sum(-2) != 0)
 
 
-def spoiled_outputs(out, final, spoiled: Spoiled, boundaries, cu_seqlens):
+def spoiled_outputs(outputs, tokens: Tokens, initial_state, *, boundaries, cu_seqlens):
     """`(out, final_state)` with NaN in every column that something not finite reached; derivatives are as without.
 
     Args:
+      outputs: both, computed with zeros for what is not finite.
+      tokens, initial_state: as the caller gave them.
       boundaries: `(starts, real, sequence)`, each `[B, T]` or None: tokens that begin a segment or sequence, tokens
         that are not padding, each token's packed sequence.
     """
     starts, real, sequence = boundaries
-    place = jnp.arange(out.shape[1], dtype=jnp.int32)[None]
+    place = jnp.arange(outputs[0].shape[1], dtype=jnp.int32)[None]
 
     def latest(happens):
         places = place.reshape(1, -1, *(1,) * (happens.ndim - 2))
         return jax.lax.cummax(jnp.where(happens, places, -1), axis=1)
 
     def mark(out, final):
+        spoiled = spoiled_tokens(tokens, initial_state, real)
         begin = jnp.full_like(place, -1) if starts is None else latest(starts)
         touched = latest(spoiled.written) >= jnp.maximum(begin, 0)[..., None, None]
         if sequence is None:
@@ -126,8 +129,10 @@ def spoiled_outputs(out, final, spoiled: Spoiled, boundaries, cu_seqlens):
             touched &= real[..., None, None]
         return spoil(out, touched), spoil(final, at_end[..., None, :])
 
-    anything = spoiled.read.any() | spoiled.written.any() | spoiled.state.any()
-    return jax.lax.cond(anything, mark, lambda out, final: (out, final), out, final)
+    is_finite = [(x * 0).sum() == 0 for x in (*tokens, initial_state)]
+    return jax.lax.cond(
+        functools.reduce(operator.and_, is_finite), lambda *outputs: outputs, mark, *outputs
+    )
 
 
 def chunk_count(length: int, num_sequences: int | None, chunk: int) -> int:
@@ -266,12 +271,12 @@ def places(order: Order) -> Order:
 
 
 def load(plan: Plan, place: Order, query, key, value, g, beta) -> Tokens:
-    """One chunk's operands, each `[z C, ...]`, wide, heads first and by groups: padding is zero whatever it held."""
+    """One chunk's operands, each `[z C, ...]`, wide, heads first and by groups; 0 on padding and where not finite."""
     compute = algebra.compute_dtype(value.dtype)
     heads = key.shape[1]
 
     def clean(x):
-        x = in_lanes(plan, x)
+        x = finite_part(in_lanes(plan, x))
         if place.real is not None:
             x = jnp.where(place.real.reshape(place.real.shape + (1,) * (x.ndim - 2)), x, 0)
         return jnp.moveaxis(x.astype(compute), 1, 2)
