@@ -1,7 +1,7 @@
 """Public gated delta rule: contract, validation, choice of implementation."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
