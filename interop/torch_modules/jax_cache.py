@@ -104,7 +104,10 @@ def check_step(x: Tensor, cache: Any, lengths: Tensor | None) -> Tensor | None:
     """
     lengths = as_int32("lengths", lengths)
     arrays = cache.arrays if isinstance(cache, JaxCache) else cache
-    held = arrays.length
+    held = getattr(arrays, "length", None)
+    if held is None:
+        kind = type(cache).__name__
+        raise TypeError(f"`cache` must be what this layer's `init_cache` made, got {kind}")
     on_cpu = readable(*[t for t in (held, lengths) if isinstance(t, Tensor)])
     if on_cpu and (isinstance(held, Tensor) or held.platform() == "cpu"):
         seen = types.SimpleNamespace(

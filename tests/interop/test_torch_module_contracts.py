@@ -235,6 +235,8 @@ def test_integers_are_those_that_jax_takes(name, owner):
             step([1, 2])
         with pytest.raises(ValueError, match=r"`lengths` must have shape \[B=2\], got \(3,\)"):
             step(torch.tensor([1, 2, 3]))
+        with pytest.raises(TypeError, match="`cache` must be what this layer's `init_cache` made"):
+            layer.step(x, x)
         expected, _ = step(torch.tensor([4, 2]))
         for dtype in (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32):
             out, _ = step(torch.tensor([4, 2], dtype=dtype))
