@@ -11,6 +11,8 @@ def readable(*tensors: Tensor) -> bool:
     """Whether values may be looked at: on a GPU that would wait for it, under `torch.compile` break the graph."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
+    if torch._C._len_torch_dispatch_stack():  # fake tensors, tracers
+        return False
     return all(x.device.type == "cpu" for x in tensors)
 
 

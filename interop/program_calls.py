@@ -91,6 +91,11 @@ class JaxFunction(_SingleLevelFunction):
         return None, None, *(next(found) if mark == "1" else None for mark in ctx.wanted)
 
     @staticmethod
+    def _compiled_autograd_key(ctx):
+        """What compiled autograd compiles for, besides shapes."""
+        return (ctx._autograd_function_id, *(hash(x) for x in (ctx.key, ctx.wanted)))
+
+    @staticmethod
     def jvp(ctx, *tangents):
         raise NotImplementedError(
             f"{ctx.program.name} has no forward-mode derivative (jvp, jacfwd, hessian): use grad, vjp or jacrev"

@@ -338,3 +338,11 @@ def test_half_precision_forward_and_gradient(batch, length, dtype):
         torch.autograd.grad(reference.sum(), double[2]),
     )
     assert_close(one.double(), other, atol=8 * eps * max(1.0, float(other.abs().max())))
+
+
+def test_fake_tensors_have_no_values_to_look_at():
+    with torch._subclasses.FakeTensorMode():
+        x = torch.randn(1, 10, 2, 8)
+        gate, offsets = x[..., 0].sigmoid(), torch.tensor([0, 4, 10])
+        out = interop.gated_delta_rule(x, x, x, -gate, gate, cu_seqlens=offsets)
+        assert out.final_state.shape == (2, 2, 8, 8)

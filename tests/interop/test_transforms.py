@@ -161,3 +161,18 @@ def test_static_numbers_may_change_between_compiled_calls(fullgraph):
         calls += [(n, n / 2) for n in range(1, 11)]
     for n, scale in calls:
         assert_close(compiled(x, n, scale), x**n * scale + n + scale, atol=1e-4)
+
+
+def test_compiled_autograd_tells_functions_apart():
+    torch._dynamo.reset()
+    x, w = inputs()
+    functions = (
+        (lambda x, w: jnp.sin(x * w), lambda x, w: torch.sin(x * w)),
+        (lambda x, w: x * x * w, lambda x, w: x * x * w),
+    )
+    for function, theirs in functions:
+        ours, mine, its = interop.wrap(function), *(x.clone().requires_grad_() for _ in range(2))
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            ours(mine, w).sum().backward()
+        theirs(its, w).sum().backward()
+        assert_close(mine.grad, its.grad, atol=1e-5)
