@@ -197,7 +197,7 @@ def train(text: ByteText, *, seconds: float, steps: int | None, seed: int) -> Tr
             scale *= 0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * done))
             batch = random_windows(text.train, rng, batch_size=BATCH_SIZE, length=LENGTH + 1)
             state, loss, _ = train_step(
-                state, batch, optimizer=optimizer, update_scale=np.float32(scale)
+                state, jnp.asarray(batch), optimizer=optimizer, update_scale=jnp.float32(scale)
             )
             losses.append(float(loss) / math.log(2.0))
             if len(losses) == 1:

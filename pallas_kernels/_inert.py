@@ -11,4 +11,5 @@ def finite_part(array: jax.Array) -> jax.Array:
 
 def spoil(array: jax.Array, where: jax.Array) -> jax.Array:
     """NaN `where` something was seen that is not finite; the derivative is that of `array`."""
-    return jnp.where(where, array + jnp.asarray(jnp.nan, array.dtype), array)
+    # A sum keeps no mask for the backward pass, and adding -0.0 keeps every bit.
+    return array + jnp.where(where, jnp.nan, -0.0).astype(array.dtype)

@@ -1,6 +1,5 @@
 """Public gated delta rule: contract, validation, choice of implementation."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -130,23 +129,23 @@ def gated_delta_rule(
         return GatedDeltaRuleOutput(jnp.zeros_like(value), initial_state)
     if cu_seqlens is not None:
         cu_seqlens = jnp.asarray(cu_seqlens)
-    varied: Any = _sharding.vary_alike(
-        (tokens._replace(g=order.bounded(g)), initial_state, segment_ids, cu_seqlens)
-    )
-    tokens, initial_state, segment_ids, cu_seqlens = varied
-    kernels = chosen == "mosaic_gpu"
-    marked = functools.partial(
-        order.spoiled_outputs, tokens=tokens, initial_state=initial_state, cu_seqlens=cu_seqlens,
-        boundaries=reference.boundaries(value.shape[:2], segment_ids, cu_seqlens),
-    )  # fmt: skip
-    if not kernels:
-        initial_state = finite_part(initial_state)
+    varied: Any = _sharding.vary_alike((tokens, initial_state, segment_ids, cu_seqlens))
+    tokens, state, segment_ids, cu_seqlens = varied
+    bounded = tokens._replace(g=order.bounded(tokens.g))
+    boundaries = reference.boundaries(value.shape[:2], segment_ids, cu_seqlens)
+
+    def marked(outputs):
+        return GatedDeltaRuleOutput(
+            *order.spoiled_outputs(outputs, bounded, state, boundaries, cu_seqlens)
+        )
+
     if chosen == "reference":
         out, final, _ = reference.recurrent(
-            *map(finite_part, tokens), initial_state=initial_state, scale=scale,
+            *map(finite_part, bounded), initial_state=finite_part(state), scale=scale,
             use_qk_l2norm=use_qk_l2norm, segment_ids=segment_ids, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        return GatedDeltaRuleOutput(*marked((out, final)))
+        return marked((out, final))
+    kernels = chosen == "mosaic_gpu"
     plan = _plan(
         sizes,
         cu_seqlens,
@@ -156,9 +155,10 @@ def gated_delta_rule(
         per_channel=g.ndim == 4,
         kernels=kernels,
     )
-    run = vjp.mosaic_gpu if kernels else vjp.gated_delta_rule
-    outputs = run(plan, tokens, initial_state, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
-    return GatedDeltaRuleOutput(*(outputs if kernels else marked(outputs)))
+    places = dict(segment_ids=segment_ids, cu_seqlens=cu_seqlens)
+    if kernels:
+        return GatedDeltaRuleOutput(*vjp.mosaic_gpu(plan, bounded, state, **places))
+    return marked(vjp.gated_delta_rule(plan, tokens, state, **places))
 
 
 def gated_delta_rule_step(

@@ -97,7 +97,8 @@ def spoiled_tokens(tokens: Tokens, initial_state, real) -> Spoiled:
     return Spoiled(read, written, (initial_state * 0).sum(-2) != 0)
 
 
-def spoiled_outputs(outputs, tokens: Tokens, initial_state, *, boundaries, cu_seqlens):
+@jax.custom_jvp
+def spoiled_outputs(outputs, tokens: Tokens, initial_state, boundaries, cu_seqlens):
     """`(out, final_state)` with NaN in every column that something not finite reached; derivatives are as without.
 
     Args:
@@ -133,6 +134,11 @@ def spoiled_outputs(outputs, tokens: Tokens, initial_state, *, boundaries, cu_se
     return jax.lax.cond(
         functools.reduce(operator.and_, is_finite), lambda *outputs: outputs, mark, *outputs
     )
+
+
+@spoiled_outputs.defjvp
+def _spoiled_outputs_jvp(primals, tangents):
+    return spoiled_outputs(*primals), tangents[0]
 
 
 def chunk_count(length: int, num_sequences: int | None, chunk: int) -> int:
@@ -257,7 +263,7 @@ class States(NamedTuple):
 def start_states(plan: Plan, order: Order, tokens: Tokens, initial_state) -> States:
     """`[.., Hv, Dk, Dv]` by groups: `[.., h, n, Dk, Dv]`."""
     heads, group = tokens.key.shape[2], tokens.value.shape[2] // tokens.key.shape[2]
-    states = initial_state.reshape(-1, heads, group, *initial_state.shape[-2:])
+    states = finite_part(initial_state).reshape(-1, heads, group, *initial_state.shape[-2:])
     if order.sequence is None:
         return States(states.shape, states, None)
     return States(
@@ -284,7 +290,8 @@ def load(plan: Plan, place: Order, query, key, value, g, beta) -> Tokens:
     q, k = clean(query), clean(key)
     if plan.use_qk_l2norm:
         q, k = algebra.l2_normalize(q), algebra.l2_normalize(k)
-    decay = clean(g) if plan.per_channel else by_group(clean(g), heads)
+    g = clean(bounded(g))
+    decay = g if plan.per_channel else by_group(g, heads)
     return Tokens(q, k, by_group(clean(value), heads), decay, by_group(clean(beta), heads))
 
 

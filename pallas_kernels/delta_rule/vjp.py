@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.delta_rule import channelwise, chunked
 from pallas_kernels.delta_rule import order as orders
@@ -42,10 +43,12 @@ def _forward(plan, order, tokens, initial_state):
 
 def _backward(plan, residuals, cotangents):
     order, tokens, initial_state, saved = residuals
-    d_out, d_final = cotangents
     if plan.per_channel:
-        return None, *channelwise.backward(plan, order, tokens, initial_state, d_out, d_final)
-    return None, *chunked.backward(plan, order, tokens, initial_state, saved, d_out, d_final)
+        made = channelwise.backward(plan, order, tokens, initial_state, *cotangents)
+    else:
+        made = chunked.backward(plan, order, tokens, initial_state, saved, *cotangents)
+    d_tokens, d_initial = made
+    return None, d_tokens, jnp.where(jnp.isfinite(initial_state), d_initial, 0)
 
 
 _chunked.defvjp(_forward, _backward)

@@ -33,9 +33,12 @@ def step(options: Options, inputs: Inputs, state, slots):
     convolved = convolved.reshape(mixed.shape)
     query, key = convolved[..., :key_dim], convolved[..., key_dim : 2 * key_dim]
     value = convolved[..., 2 * key_dim :].reshape(batch, length, value_heads, value_dim)
+    if segment_ids is not None:
+        pads = (segment_ids < 0)[..., None]
+        logits = jnp.where(pads[..., None], jnp.zeros((), inputs.logits.dtype), inputs.logits)
+        inputs = inputs._replace(logits=logits)
     g, beta = _gates(options, inputs)
     if segment_ids is not None:  # g = 0 and beta = 0 leave the state as it is
-        pads = (segment_ids < 0)[..., None]
         g, beta = (jnp.where(pads, jnp.zeros((), x.dtype), x) for x in (g, beta))
     out, state, states = delta_rule.recurrence(
         delta_rule.Options(options.scale, options.use_qk_l2norm, options.return_states),
