@@ -101,8 +101,8 @@ class QuantizedKVCache:
         if num_new <= MAX_DECODE_TOKENS:
             out = decode_attention(
                 query,
-                _stored(cache.key),
-                _stored(cache.value),
+                cache.key,
+                cache.value,
                 end_of_step(start, num_new, self.capacity),
                 key_scale=cache.key_scale,
                 value_scale=cache.value_scale,

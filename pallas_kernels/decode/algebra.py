@@ -31,6 +31,11 @@ def compute_dtype(dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
+def numbers(codes: jax.Array) -> jax.Array:
+    """uint8 as the float8_e4m3fn whose bits it holds; anything else as it is."""
+    return codes.view(jnp.float8_e4m3fn) if codes.dtype == jnp.uint8 else codes
+
+
 def visible(
     lengths: jax.Array, num_new: int, capacity: int, sliding_window: int | None
 ) -> jax.Array:

@@ -33,7 +33,8 @@ def decode_attention(
 
     Args:
       query: `[B, T, N, D]`, T from 1 to 16; query t of row b stands at position `lengths[b] - T + t`.
-      key_cache: `[B, K, S, D]` head-major, the T new keys already written; any float, float8 or int8. What stands
+      key_cache: `[B, K, S, D]` head-major, the T new keys already written; any float, float8, int8, or uint8
+        with the bits of float8_e4m3fn (XLA on a CPU converts a whole float8 array to read a part of it). What stands
         behind `lengths[b]` is not seen, whatever it is.
       value_cache: `[B, K, S, Dv]`; its dtype may differ from that of `key_cache`.
       lengths: `[B]` integer, tokens in the cache of each row, the T new ones included. A query at a position of S or
@@ -113,9 +114,9 @@ def _check(query, key_cache, value_cache, lengths, key_scale, value_scale, sinks
         ("key_cache", "key_scale", key_cache, key_scale),
         ("value_cache", "value_scale", value_cache, value_scale),
     ):
-        if cache.dtype != jnp.int8:
+        if cache.dtype not in (jnp.int8, jnp.uint8):
             _checks.check_float(name, cache)
-        elif scales is None:
+        elif cache.dtype == jnp.int8 and scales is None:
             raise ValueError(f"`{scale_name}` must be given with an int8 `{name}`, got None")
         if scales is not None:
             _checks.check_array(scale_name, scales, "B K S", sizes)

@@ -72,6 +72,7 @@ def _pair(options: algebra.Options, of_pair, seen, sinks, is_clean=True):
     compute = algebra.compute_dtype(rows.dtype)
 
     def widened(cache):
+        cache = algebra.numbers(cache)
         narrow = rows.dtype == jnp.bfloat16 and (
             cache.dtype == jnp.bfloat16 or cache.dtype.itemsize == 1
         )

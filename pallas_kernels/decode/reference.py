@@ -15,7 +15,7 @@ def decode_attention(operands: algebra.Operands, options: algebra.Options):
     batch, num_new, num_heads, head_dim = operands.query.shape
     num_kv_heads, capacity = operands.key_cache.shape[1:3]
     compute = algebra.compute_dtype(operands.query.dtype)
-    query, key, value = (array.astype(compute) for array in operands[:3])
+    query, key, value = (algebra.numbers(array).astype(compute) for array in operands[:3])
     spoiled = ~(jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1))  # [B, K, S]
     grouped = finite_part(query).reshape(batch, num_new, num_kv_heads, -1, head_dim)
     logits = options.scale * jnp.einsum(

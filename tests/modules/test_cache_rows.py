@@ -223,3 +223,26 @@ def test_a_layer_step_with_a_traced_length_that_is_none():
     assert_bitwise_equal(bad.final_state, good.final_state)
     assert_bitwise_equal(bad.final_conv_state, good.final_conv_state)
     assert_bitwise_equal(bad.out[::2], good.out[::2])
+
+
+@pytest.mark.parametrize("policy", ["int8", "fp8"])
+def test_eight_bits_are_neither_rewritten_nor_widened_whole(policy):
+    """Compiled scratch memory of an append, and of a step, in caches (XLA on a CPU widens float8 where it can)."""
+    config = AttentionConfig(model_dim=16, num_heads=64, num_kv_heads=64, head_dim=64)
+    layer = nnx.eval_shape(lambda: SelfAttention(config, rngs=nnx.Rngs(0)))
+    cache = jax.eval_shape(lambda: layer.init_cache(1, 1024, policy=policy))
+    new = jax.ShapeDtypeStruct((1, 1, 64, 64), jnp.float32)
+    append = lambda c, x: c.append(x, x, jnp.ones(1, jnp.int32))
+    attend = lambda c, x: c.append_and_attend(x, x, x, jnp.ones(1, jnp.int32))
+    for run, most in ((append, 0.1), (attend, 1.5)):
+        compiled = jax.jit(run, donate_argnums=0).lower(cache, new).compile()
+        held = cache.key.size * cache.key.dtype.itemsize
+        assert compiled.memory_analysis().temp_size_in_bytes < most * held
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "reference"])
+def test_uint8_caches_are_the_bits_of_float8(implementation):
+    codes, query = draw(0, 2, 1, 9, 8).astype(jnp.float8_e4m3fn), draw(1, 2, 1, 2, 8)
+    run = jax.jit(pk.decode_attention, static_argnames="implementation")
+    attend = lambda cache: run(query, cache, cache, jnp.asarray([9, 4]), implementation=implementation)
+    assert_close(attend(codes.view(jnp.uint8)), attend(codes), atol=1e-6, what="uint8")
