@@ -244,5 +244,7 @@ def test_eight_bits_are_neither_rewritten_nor_widened_whole(policy):
 def test_uint8_caches_are_the_bits_of_float8(implementation):
     codes, query = draw(0, 2, 1, 9, 8).astype(jnp.float8_e4m3fn), draw(1, 2, 1, 2, 8)
     run = jax.jit(pk.decode_attention, static_argnames="implementation")
-    attend = lambda cache: run(query, cache, cache, jnp.asarray([9, 4]), implementation=implementation)
+    attend = lambda cache: run(
+        query, cache, cache, jnp.asarray([9, 4]), implementation=implementation
+    )
     assert_close(attend(codes.view(jnp.uint8)), attend(codes), atol=1e-6, what="uint8")
