@@ -156,14 +156,13 @@ class SelfAttention(nnx.Module):
             with a norm, a rotary embedding or a gate.
         """
         config = self.config
-        positions, segment_ids = check_call(
-            x, config.model_dim, positions=positions, segment_ids=segment_ids, mask=mask
-        )
+        marks: dict[str, Any] = dict(positions=positions, segment_ids=segment_ids, mask=mask)
+        positions, segment_ids = check_call(x, config.model_dim, axes=self.axes, **marks)
+        marks |= dict(positions=positions, segment_ids=segment_ids)
         if deterministic is None:
             deterministic = self.deterministic
         drop: dict[str, Any] = dict(deterministic=deterministic, dropout_key=dropout_key, rngs=rngs)
         key = dropout.key_of_call(self.rngs, config.dropout_rate, **drop)
-        marks: dict[str, Any] = dict(positions=positions, segment_ids=segment_ids, mask=mask)
         marks |= dict(dropout_key=key, split_qkv=split_qkv)
         if self.axes is None:
             recording = qk_clip.is_recording(self) and split_qkv

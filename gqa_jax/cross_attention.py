@@ -196,7 +196,9 @@ class CrossAttention(nnx.Module):
             self._check_memory(memory)
         num_rows, num_keys = (memory.key if projected else memory).shape[:2]
         marks = dict(positions=positions, segment_ids=segment_ids, mask=mask)
-        positions, segment_ids = check_call(x, config.model_dim, num_keys=num_keys, **marks)
+        positions, segment_ids = check_call(
+            x, config.model_dim, num_keys=num_keys, axes=self.axes, **marks
+        )
         if num_rows != x.shape[0]:
             raise ValueError(
                 f"`memory` must have the batch size of `x`, {x.shape[0]}, got {num_rows}"

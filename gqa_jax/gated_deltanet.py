@@ -172,7 +172,7 @@ class GatedDeltaNet(nnx.Module):
           ValueError: shapes that do not fit.
         """
         positions, segment_ids = check_call(
-            x, self.config.model_dim, positions=positions, segment_ids=segment_ids
+            x, self.config.model_dim, positions=positions, segment_ids=segment_ids, axes=self.axes
         )
         if self.axes is not None:
             return tensor_parallel.gated_deltanet(
