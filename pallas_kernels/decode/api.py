@@ -67,13 +67,13 @@ def decode_attention(
       >>> decode_attention(query, cache, cache, jnp.array([7, 32])).shape
       (2, 1, 4, 16)
     """
+    lengths = _checks.as_int32("lengths", lengths)
     _check(query, key_cache, value_cache, lengths, key_scale, value_scale, sinks)
     window = _checks.check_window(sliding_window)
     scale = _checks.check_number("scale", query.shape[-1] ** -0.5 if scale is None else scale)
     if logits_soft_cap is not None:
         logits_soft_cap = _checks.check_number("logits_soft_cap", logits_soft_cap, is_positive=True)
     chosen = _dispatch.resolve("decode_attention", implementation, _reasons())
-    lengths = _checks.as_int32("lengths", lengths)
     operands = algebra.Operands(
         query, key_cache, value_cache, lengths, key_scale, value_scale, sinks
     )
