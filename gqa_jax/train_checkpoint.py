@@ -270,10 +270,15 @@ def _check_manifest(wanted: Mapping[str, str], saved: Mapping[str, str]) -> None
 
 
 def _checksums(arrays: Mapping[str, Any]) -> dict[str, str]:
-    """Of every array's bits, as hexadecimal digits. All are started before the first is waited for."""
-    hashes = {name: _hash(array) for name, array in arrays.items()}
+    """Of every array's bits, as hexadecimal digits.
+
+    One array after the other: where programs with collectives run at once, processes may start them in another order,
+    and wait for each other for ever.
+    """
     read = lambda x: np.asarray(x.addressable_data(0))  # the same on all devices, of all processes
-    return {name: "{:08x}{:08x}".format(*read(value).tolist()) for name, value in hashes.items()}
+    return {
+        name: "{:08x}{:08x}".format(*read(_hash(array)).tolist()) for name, array in arrays.items()
+    }
 
 
 def _crc32(about: Mapping[str, Any]) -> int:
