@@ -3,6 +3,8 @@
 FLA's decay per channel belongs to a value head, ours to a key head: keys are repeated to the value heads.
 """
 
+import warnings
+
 import fla.ops.gated_delta_rule as gated
 import fla.ops.kda as kda
 import fla.utils
@@ -18,9 +20,16 @@ fla.utils.device = "cpu"
 def delta_rule(
     q, k, v, g=None, beta=None, *, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None,
     use_qk_l2norm_in_kernel=False, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, use_gate_in_kernel=False,
-    A_log=None, dt_bias=None, lower_bound=None, state_v_first=False, **hints,
+    A_log=None, dt_bias=None, lower_bound=None, state_v_first=False, transpose_state_layout=None, **hints,
 ):  # fmt: skip
     """FLA's arguments; `hints` choose among their kernels and change no value."""
+    if transpose_state_layout is not None:
+        warnings.warn(
+            "`transpose_state_layout` is the old name of `state_v_first`", DeprecationWarning
+        )
+        if state_v_first:
+            raise ValueError("`state_v_first` must not be given with its old name")
+        state_v_first = transpose_state_layout
     per_channel = g is not None and g.ndim == 4
     if g is None:
         g = torch.zeros(v.shape[:3])
