@@ -29,7 +29,7 @@ def gated(out: Array, gate: Array, config: AttentionConfig) -> Array:
     return wide.astype(out.dtype)
 
 
-class SelfAttention(nnx.Module):
+class SelfAttention(dropout.Switched):
     """Grouped-query self-attention: `__call__` trains, `step` advances a cache.
 
     Projection, query/key norm and rotary embedding (in the configured order), attention, output gate, output
@@ -107,15 +107,6 @@ class SelfAttention(nnx.Module):
         self.sinks = nnx.Param(jnp.zeros((groups, per_group), param_dtype)) if learnable else None
         self.deterministic = True
         self.rngs = dropout.kept_stream(rngs, config.dropout_rate, keep=keep_rngs)
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """For `nnx.view`.
-
-        Args:
-          deterministic: False drops attention weights.
-        """
-        if deterministic is not None:
-            self.deterministic = deterministic
 
     def __call__(
         self,

@@ -42,7 +42,7 @@ class ProjectedMemory:
         return self.key.shape[0]
 
 
-class CrossAttention(nnx.Module):
+class CrossAttention(dropout.Switched):
     """Grouped-query attention from `x` to a memory; query head h reads key/value head h // R.
 
     Attributes:
@@ -113,15 +113,6 @@ class CrossAttention(nnx.Module):
         self.sinks = nnx.Param(jnp.zeros((groups, per_group), param_dtype)) if learnable else None
         self.deterministic = True
         self.rngs = dropout.kept_stream(rngs, config.dropout_rate, keep=keep_rngs)
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """For `nnx.view`.
-
-        Args:
-          deterministic: False drops attention weights.
-        """
-        if deterministic is not None:
-            self.deterministic = deterministic
 
     def project_memory(
         self,

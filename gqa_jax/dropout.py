@@ -6,6 +6,25 @@ import jax
 from flax import nnx
 
 
+class Switched(nnx.Module):
+    """A layer that `train()`, `eval()` and `nnx.view` switch.
+
+    Attributes:
+      deterministic: False drops attention weights.
+    """
+
+    deterministic: bool
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """For `nnx.view`.
+
+        Args:
+          deterministic: False drops attention weights.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
 def kept_stream(rngs: nnx.Rngs, rate: float, *, keep: bool = True) -> Any:
     """What a module keeps of its constructor's `rngs`: a fork of the stream named "dropout", if it drops at all.
 

@@ -1,5 +1,6 @@
 """The next token from logits: greedy, temperature, top-k and top-p."""
 
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -91,10 +92,10 @@ def as_float(name: str, value: Any) -> float:
     Raises:
       ValueError: it is none.
     """
-    try:
-        return float(value) if not isinstance(value, str) else float("")
-    except (TypeError, ValueError, jax.errors.JAXTypeError):
-        raise ValueError(f"`{name}` must be a number, got {value!r}") from None
+    if not isinstance(value, str):
+        with contextlib.suppress(TypeError, ValueError, jax.errors.JAXTypeError):
+            return float(value)
+    raise ValueError(f"`{name}` must be a number, got {value!r}")
 
 
 def sample(
