@@ -257,7 +257,7 @@ def test_optimizers_train_on_a_mesh_as_on_one_device(optimizer):
         *map(jax.tree.leaves, (spread.params, alone.params, before)), strict=True
     ):
         assert_close(got, want, atol=2e-5)
-        assert np.abs(np.asarray(want) - old).max() > 1e-3
+        assert np.abs(np.asarray(want) - old).max() > 2e-4  # it moved, by ten times the tolerance
 
 
 @pytest.mark.parametrize("scan", [False, True])
