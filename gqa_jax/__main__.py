@@ -10,11 +10,12 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from gqa_jax import checkpoint, demo
-from gqa_jax.byte_text import VOCAB_SIZE, as_text
-from gqa_jax.generate import stream
+from gqa_jax.demo import run as demo
+from gqa_jax.demo.byte_text import VOCAB_SIZE, as_text
+from gqa_jax.hf import checkpoint
+from gqa_jax.models.generation import stream
+from gqa_jax.models.sampling import as_int
 from gqa_jax.planner import command as plan_command
-from gqa_jax.sampling import as_int
 from pallas_kernels import explain
 
 PACKAGES = (

@@ -369,7 +369,7 @@ class DecoderConfig:
     @classmethod
     def from_hf(cls, source: Any, *, ignore: Collection[str] = ()) -> "DecoderConfig":
         """The config of a Hugging Face `config.json`: its dict, its path or its folder's (`hf_config.from_hf`)."""
-        from gqa_jax import hf_config  # it imports this module
+        from gqa_jax.hf import config as hf_config  # it imports this module
 
         return hf_config.from_hf(source, ignore=ignore)
 

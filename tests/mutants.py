@@ -38,10 +38,14 @@ class Fault(NamedTuple):
     tests: str
 
 
-ATTENTION, GDN, MASKS = "gqa_jax/attention.py", "gqa_jax/gated_deltanet.py", "gqa_jax/masks.py"
-NORMS, ROTARY, MOE = "gqa_jax/norms.py", "gqa_jax/rotary.py", "gqa_jax/moe.py"
+ATTENTION, GDN, MASKS = (
+    "gqa_jax/layers/attention.py",
+    "gqa_jax/layers/gated_deltanet.py",
+    "gqa_jax/layers/masks.py",
+)
+NORMS, ROTARY, MOE = "gqa_jax/layers/norms.py", "gqa_jax/layers/rotary.py", "gqa_jax/layers/moe.py"
 CACHE, LAYOUT = "gqa_jax/cache", "gqa_jax/layout"
-ALGEBRA, CLIP = "pallas_kernels/attention/algebra.py", "gqa_jax/qk_clip.py"
+ALGEBRA, CLIP = "pallas_kernels/attention/algebra.py", "gqa_jax/train/qk_clip.py"
 REFERENCE = "pallas_kernels/attention/reference.py"
 BLOCKWISE = "pallas_kernels/attention/blockwise"
 DELTA, CONV = "pallas_kernels/delta_rule", "pallas_kernels/causal_conv/reference.py"
@@ -62,7 +66,7 @@ FAULTS = tuple(Fault(*fault) for fault in (
     ("keys and values exchanged", ATTENTION, "fused[..., -2, :], fused[..., -1, :]", "fused[..., -1, :], fused[..., -2, :]", f"{TRUTH} -k model_dim"),
     ("keys rotated by the other pairing", ATTENTION, "key = apply_rotary(key, cos, sin, pairing=config.rope.pairing)", 'key = apply_rotary(key, cos, sin, pairing="half")', f"{TRUTH} -k adjacent"),
     ("steps count from 0", ATTENTION, "positions = start[:, None] + jnp.arange", "positions = 0 * start[:, None] + jnp.arange", "layers/test_self_attention.py -k any_split"),
-    ("cross-attention ignores the mask", "gqa_jax/cross_attention.py", "            mask=mask,\n            query_segment_ids", "            mask=None,\n            query_segment_ids", "modules/test_cross_attention.py -k explicit_sums"),
+    ("cross-attention ignores the mask", "gqa_jax/layers/cross_attention.py", "            mask=mask,\n            query_segment_ids", "            mask=None,\n            query_segment_ids", "modules/test_cross_attention.py -k explicit_sums"),
     # Norms
     ("zero-centred norm is plain", NORMS, "weight = weight + jnp.ones((), normed.dtype)", "weight = weight + jnp.zeros((), normed.dtype)", "layers/test_norms.py"),
     ("norm without epsilon", NORMS, "jnp.asarray(eps, wide.dtype)", "jnp.asarray(0.0 * eps, wide.dtype)", "layers/test_norms.py"),
@@ -119,15 +123,15 @@ FAULTS = tuple(Fault(*fault) for fault in (
     ("weights of experts not divided by their sum", MOE, "weights = weights / weights.sum(axis=-1, keepdims=True)", "weights = weights", "decoder/test_moe.py -k loop_over_experts"),
     ("shared expert without its gate", MOE, "jax.nn.sigmoid(self.shared_gate(flat)) * self.shared(flat)", "self.shared(flat)", "decoder/test_moe.py -k loop_over_experts"),
     ("padding is counted by the router", MOE, "counted = real.reshape(-1).astype(jnp.float32)", "counted = counted", "decoder/test_moe.py -k padding"),
-    ("gate and up exchanged", "gqa_jax/mlp.py", "jax.nn.silu(gate_up[..., 0]) * gate_up[..., 1]", "jax.nn.silu(gate_up[..., 1]) * gate_up[..., 0]", "decoder/test_moe.py -k loop_over_experts"),
+    ("gate and up exchanged", "gqa_jax/layers/mlp.py", "jax.nn.silu(gate_up[..., 0]) * gate_up[..., 1]", "jax.nn.silu(gate_up[..., 1]) * gate_up[..., 0]", "decoder/test_moe.py -k loop_over_experts"),
     # Training and generation
     ("clip is not shared by query and key", CLIP, "ClipFactors(eta**alpha, eta ** (1.0 - alpha))", "ClipFactors(eta, eta)", "modules/test_training_aids.py -k threshold"),
     ("clip stretches small logits", CLIP, "eta = jnp.minimum(1.0, ", "eta = jnp.maximum(1.0, ", "modules/test_training_aids.py -k threshold"),
-    ("top p keeps a token too few", "gqa_jax/sampling.py", "before < sampling.top_p", "before + probability < sampling.top_p", "decoder/test_sampling.py"),
-    ("temperature multiplies", "gqa_jax/sampling.py", "keepdims=True)) / sampling.temperature", "keepdims=True)) * sampling.temperature", "decoder/test_sampling.py"),
-    ("rank stabilised scaling is plain", "gqa_jax/lora.py", "(self.rank**0.5 if self.use_rslora else self.rank)", "self.rank", "modules/test_lora.py -k rank_stabilised"),
-    ("adapter without its scaling", "gqa_jax/lora.py", "jnp.asarray(self.scaling, dtype)", "jnp.asarray(1.0, dtype)", "modules/test_lora.py -k merge"),
-    ("every layer has a window", "gqa_jax/layer_pattern.py", "tuple(not skipped for skipped in full)", "tuple(True for skipped in full)", "modules/test_self_attention_options.py -k layer_patterns"),
+    ("top p keeps a token too few", "gqa_jax/models/sampling.py", "before < sampling.top_p", "before + probability < sampling.top_p", "decoder/test_sampling.py"),
+    ("temperature multiplies", "gqa_jax/models/sampling.py", "keepdims=True)) / sampling.temperature", "keepdims=True)) * sampling.temperature", "decoder/test_sampling.py"),
+    ("rank stabilised scaling is plain", "gqa_jax/train/lora.py", "(self.rank**0.5 if self.use_rslora else self.rank)", "self.rank", "modules/test_lora.py -k rank_stabilised"),
+    ("adapter without its scaling", "gqa_jax/train/lora.py", "jnp.asarray(self.scaling, dtype)", "jnp.asarray(1.0, dtype)", "modules/test_lora.py -k merge"),
+    ("every layer has a window", "gqa_jax/models/layer_pattern.py", "tuple(not skipped for skipped in full)", "tuple(True for skipped in full)", "modules/test_self_attention_options.py -k layer_patterns"),
 ))  # fmt: skip
 
 

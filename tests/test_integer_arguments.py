@@ -23,7 +23,7 @@ from gqa_jax import (
     masks,
     qk_clip,
 )
-from gqa_jax.rotary import rotary_tables
+from gqa_jax.layers.rotary import rotary_tables
 from tests.support.compare import assert_bitwise_equal
 from tests.support.random_layers import draw
 

@@ -1,9 +1,12 @@
 """Importing is cheap and needs neither torch nor a GPU; what is public is what the packages export."""
 
+import inspect
 import subprocess
 import sys
 
 import pytest
+
+import gqa_jax
 
 BLOCK = """
 import sys
@@ -65,7 +68,20 @@ print(pk.explain('gqa_attention', x, x, x).operator)
 def test_every_public_name_has_a_docstring(package):
     module = __import__(package)
     names = [n for n in vars(module) if not n.startswith("_")]
-    public = [n for n in names if not isinstance(vars(module)[n], type(sys))]
+    public = [n for n in names if not inspect.ismodule(vars(module)[n])]
     assert public
     bare = [n for n in public if not (vars(module)[n].__doc__ or "").strip()]
     assert not bare, f"without docstring: {bare}"
+
+
+def test_rooms_load_when_first_used():
+    code = """
+import sys, gqa_jax
+assert "gqa_jax.train.checkpoint" not in sys.modules
+from gqa_jax import training
+print(*(getattr(gqa_jax, name).__name__ for name in gqa_jax._ROOMS), training.train_step.__name__)
+"""
+    out = in_fresh_process(code, ("torch", "transformers"))
+    assert out.split() == [*gqa_jax._ROOMS.values(), "train_step"]
+    with pytest.raises(AttributeError, match="no attribute 'chekpoint'"):
+        gqa_jax.chekpoint  # noqa: B018

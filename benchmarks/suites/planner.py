@@ -1,7 +1,7 @@
 """Memory and traffic of a training step as the mesh grows from 1 to 512 H200s, as compiled: nothing is executed."""
 
 from gqa_jax import DecoderConfig
-from gqa_jax.hf_config import PRESETS
+from gqa_jax.hf.config import PRESETS
 from gqa_jax.planner import plan
 
 TESTS = ["tests/parallel/test_planner.py"]

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from gqa_jax.config import DecoderConfig
-from gqa_jax.hf_config import PRESETS
+from gqa_jax.hf.config import PRESETS
 from gqa_jax.planner.mesh import ROLES, parse_mesh
 from gqa_jax.planner.plan import Plan, plan
 from pallas_kernels import aot

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from gqa_jax.config import DecoderConfig
-from gqa_jax.sharding import Axis, MeshAxes
+from gqa_jax.parallel.sharding import Axis, MeshAxes
 
 ROLES = {
     "dp": "rows of the batch",

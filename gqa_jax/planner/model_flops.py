@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gqa_jax import sharding
 from gqa_jax.config import DecoderConfig
-from gqa_jax.decoder import Decoder
+from gqa_jax.models.decoder import Decoder
+from gqa_jax.parallel import sharding
 
 
 def model_flops(config: DecoderConfig, *, batch: int, length: int, decode: bool) -> float:

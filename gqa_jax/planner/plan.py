@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from gqa_jax.config import DecoderConfig
-from gqa_jax.context_parallel import ContextParallel
-from gqa_jax.decoder_checks import pattern_length
-from gqa_jax.memory import tree_bytes
+from gqa_jax.models.checks import pattern_length
+from gqa_jax.models.memory import tree_bytes
+from gqa_jax.parallel.context import ContextParallel
 from gqa_jax.planner import programs
 from gqa_jax.planner.costs import Costs, costs
 from gqa_jax.planner.mesh import plan_mesh
@@ -173,7 +173,7 @@ def plan(
       RuntimeError: the CUDA plugin or nvdisasm is missing.
 
     Example:
-      >>> from gqa_jax.hf_config import PRESETS
+      >>> from gqa_jax.hf.config import PRESETS
       >>> config = DecoderConfig.from_hf(PRESETS["qwen3_8b"])
       >>> plan(config, mesh={"fsdp": 8}, length=8192).peak_bytes  # doctest: +SKIP
     """

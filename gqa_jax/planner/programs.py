@@ -10,13 +10,14 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from gqa_jax import sharding, tensor_parallel
 from gqa_jax.cache import GatedDeltaNetState
 from gqa_jax.config import AttentionConfig, DecoderConfig
-from gqa_jax.context_parallel import ContextParallel
-from gqa_jax.decoder import Decoder
-from gqa_jax.sharding import MeshAxes
-from gqa_jax.training import TrainState
+from gqa_jax.models.decoder import Decoder
+from gqa_jax.parallel import sharding
+from gqa_jax.parallel import tensor as tensor_parallel
+from gqa_jax.parallel.context import ContextParallel
+from gqa_jax.parallel.sharding import MeshAxes
+from gqa_jax.train.step import TrainState
 
 
 class Program(NamedTuple):

@@ -9,7 +9,7 @@ from flax import nnx
 from torch import Tensor
 
 import gqa_jax
-from gqa_jax.cross_attention import sees_something
+from gqa_jax.layers.cross_attention import sees_something
 from interop.integers import as_int32
 from interop.operators import draw_seed, dropout_key
 from interop.torch_function import wrap

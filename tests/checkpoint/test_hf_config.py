@@ -6,7 +6,7 @@ import json
 import pytest
 
 from gqa_jax.config import DecoderConfig, LinearScaling, Llama3Scaling, YarnScaling
-from gqa_jax.hf_config import to_hf_config
+from gqa_jax.hf.config import to_hf_config
 from tests.checkpoint.hf_models import FAMILIES, hf_config
 
 pytestmark = pytest.mark.torch

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from gqa_jax import DecoderConfig, checkpoint
-from gqa_jax.checkpoint.rules import rules
+from gqa_jax.hf.checkpoint.rules import rules
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FIELDS = {

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gqa_jax import DecoderConfig, checkpoint
-from gqa_jax.hf_config import to_hf_config
+from gqa_jax.hf.config import to_hf_config
 from tests.support.compare import assert_close
 
 PUBLISHED = json.loads((pathlib.Path(__file__).parent / "published_configs.json").read_text())

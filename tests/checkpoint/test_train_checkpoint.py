@@ -15,9 +15,9 @@ import pytest
 from flax import nnx
 
 from gqa_jax import AttentionConfig, Decoder, DecoderConfig, GatedDeltaNetConfig, train_checkpoint
-from gqa_jax.replica_check import hash_bits
-from gqa_jax.train_checkpoint import TrainCheckpoints
-from gqa_jax.training import TrainState, train_step
+from gqa_jax.train.checkpoint import TrainCheckpoints
+from gqa_jax.train.replica_check import hash_bits
+from gqa_jax.train.step import TrainState, train_step
 from tests.support.compare import assert_bitwise_equal
 from tests.support.meshes import mesh
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from gqa_jax import Decoder, KVCache
-from gqa_jax.decoder import pattern_length
+from gqa_jax.models.decoder import pattern_length
 from tests.support.compare import assert_bitwise_equal, assert_close
 from tests.support.tiny_decoders import CONFIGS, HYBRID, REPEATING, build, tokens
 

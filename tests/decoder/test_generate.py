@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gqa_jax import Decoder, generate, stream
-from gqa_jax.generate import _decode, _Options, _start
+from gqa_jax.models.generation import _decode, _Options, _start
 from tests.support.tiny_decoders import HYBRID, REPEATING, build
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8], [2, 7, 1]]

@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from gqa_jax.sharding import MeshAxes, shard_parameters
-from gqa_jax.training import TrainState, next_token_loss, train_step
+from gqa_jax.parallel.sharding import MeshAxes, shard_parameters
+from gqa_jax.train.step import TrainState, next_token_loss, train_step
 from tests.support.compare import assert_close
 from tests.support.meshes import mesh
 from tests.support.tiny_decoders import HYBRID, build, tokens

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from gqa_jax import MLP, MoE, MoEConfig
-from gqa_jax.moe import RouterStatistics, load_balancing_loss
+from gqa_jax.layers.moe import RouterStatistics, load_balancing_loss
 from tests.support.compare import assert_bitwise_equal, assert_close
 
 BASE = MoEConfig(

@@ -10,9 +10,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from gqa_jax import AttentionConfig, CrossAttention, Decoder, qk_clip, recompute
-from gqa_jax.context_parallel import ContextParallel, to_layout
-from gqa_jax.masks import positions_in_segments
-from gqa_jax.sharding import MeshAxes, shard_parameters
+from gqa_jax.layers.masks import positions_in_segments
+from gqa_jax.parallel.context import ContextParallel, to_layout
+from gqa_jax.parallel.sharding import MeshAxes, shard_parameters
 from tests.support.compare import assert_bitwise_equal, assert_close
 from tests.support.meshes import mesh
 from tests.support.tiny_decoders import HYBRID, MIXTURE, build, tokens

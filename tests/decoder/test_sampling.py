@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa_jax.sampling import make_sampling, sample
+from gqa_jax.models.sampling import make_sampling, sample
 
 DRAW = jax.jit(
     lambda logits, sampling, keys: jax.vmap(

@@ -13,15 +13,15 @@ import optax.contrib
 import pytest
 
 from gqa_jax import Decoder
-from gqa_jax.byte_text import (
+from gqa_jax.demo.byte_text import (
     as_text,
     model_bits_per_byte,
     random_windows,
     standard_library,
     zlib_bits_per_byte,
 )
-from gqa_jax.sharding import MeshAxes
-from gqa_jax.training import TrainState, next_token_loss, train_step
+from gqa_jax.parallel.sharding import MeshAxes
+from gqa_jax.train.step import TrainState, next_token_loss, train_step
 from tests.support.compare import assert_close
 from tests.support.meshes import mesh
 from tests.support.tiny_decoders import HYBRID, MIXTURE, build

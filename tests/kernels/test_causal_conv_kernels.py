@@ -298,7 +298,9 @@ def test_the_layer_normalises_in_the_kernel_once_that_is_preferred():
     expected = jax.jit(lambda x: layer(x))(x)
     with interpreted(), mock.patch.object(tuning, "preferred", return_value=True):
         assert reason("9.0") == ""
-        with mock.patch("gqa_jax.gated_deltanet.gated_delta_rule", wraps=gated_delta_rule) as rule:
+        with mock.patch(
+            "gqa_jax.layers.gated_deltanet.gated_delta_rule", wraps=gated_delta_rule
+        ) as rule:
             actual = jax.block_until_ready(jax.jit(lambda x: layer(x))(x))
     assert not rule.call_args.kwargs["use_qk_l2norm"]
     assert_close(actual, expected, atol=1e-5)

@@ -13,7 +13,7 @@ import pytest
 
 import pallas_kernels as pk
 from gqa_jax import DecoderConfig
-from gqa_jax.hf_config import PRESETS
+from gqa_jax.hf.config import PRESETS
 from gqa_jax.planner import plan
 from pallas_kernels import _dispatch, aot
 from pallas_kernels.attention import mosaic_gpu_tuning

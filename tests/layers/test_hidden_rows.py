@@ -17,7 +17,7 @@ from gqa_jax import (
     masks,
     qk_clip,
 )
-from gqa_jax.decoder_layer import DecoderLayer
+from gqa_jax.models.decoder_layer import DecoderLayer
 from tests.support.compare import assert_bitwise_equal, assert_close
 from tests.support.random_layers import draw, random_layer, randomise
 from tests.support.tiny_decoders import DELTA, HYBRID, MIXTURE, build, tokens

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa_jax.norms import GatedRMSNorm, L2Norm, RMSNorm
+from gqa_jax.layers.norms import GatedRMSNorm, L2Norm, RMSNorm
 from tests.support.compare import assert_close
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1.6e-2, "float16": 2e-3}

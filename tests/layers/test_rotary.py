@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gqa_jax import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
-from gqa_jax.rotary import apply_rotary, inverse_frequencies, rotary_tables
+from gqa_jax.layers.rotary import apply_rotary, inverse_frequencies, rotary_tables
 from tests.support.compare import assert_close
 
 HEAD_DIM = 16

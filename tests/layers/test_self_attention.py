@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from gqa_jax import AttentionConfig, RopeConfig, SelfAttention
-from gqa_jax.masks import padding_segment_ids
+from gqa_jax.layers.masks import padding_segment_ids
 from tests.support.compare import assert_close
 from tests.support.random_layers import draw, random_layer
 

@@ -21,7 +21,7 @@ from gqa_jax import (
 )
 from gqa_jax.cache import POLICIES, allocate, common_prefix, rewind
 from gqa_jax.cache.quantized import quantize
-from gqa_jax.memory import Memory, module_memory, required_bytes, tree_bytes
+from gqa_jax.models.memory import Memory, module_memory, required_bytes, tree_bytes
 from pallas_kernels import gqa_attention
 from tests.support.compare import assert_bitwise_equal, assert_close
 from tests.support.random_layers import draw, random_layer

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from gqa_jax import AttentionConfig, CrossAttention, Decoder, SelfAttention
-from gqa_jax.context_parallel import ContextParallel, to_layout
-from gqa_jax.sharding import MeshAxes, shard_parameters
+from gqa_jax.parallel.context import ContextParallel, to_layout
+from gqa_jax.parallel.sharding import MeshAxes, shard_parameters
 from tests.support.compare import assert_bitwise_equal, assert_close
 from tests.support.meshes import mesh
 from tests.support.random_layers import draw

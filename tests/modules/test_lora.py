@@ -19,9 +19,9 @@ from gqa_jax import (
     GatedDeltaNetConfig,
     SelfAttention,
     lora,
-    lora_peft,
     qk_clip,
 )
+from gqa_jax.train import lora_peft
 from tests.support.compare import assert_bitwise_equal, assert_close
 from tests.support.random_layers import draw, randomise
 

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from gqa_jax import AttentionConfig, RopeConfig, SelfAttention, masks
-from gqa_jax.rotary import apply_rotary, rotary_tables
+from gqa_jax.layers.rotary import apply_rotary, rotary_tables
 from tests.support.compare import assert_close
 
 torch = pytest.importorskip("torch")

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from gqa_jax import AttentionConfig, LinearScaling, RMSNorm, RopeConfig, SelfAttention, masks
-from gqa_jax.layer_pattern import attention_layers, no_rope_layers, windowed_layers
+from gqa_jax.models.layer_pattern import attention_layers, no_rope_layers, windowed_layers
 from pallas_kernels import gqa_attention
 from tests.support.compare import assert_bitwise_equal, assert_close
 from tests.support.random_layers import draw

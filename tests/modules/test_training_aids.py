@@ -20,8 +20,8 @@ from gqa_jax import (
     SelfAttention,
     qk_clip,
     recompute,
-    replica_check,
 )
+from gqa_jax.train import replica_check
 from pallas_kernels import gqa_attention_with_lse
 from tests.support.compare import assert_bitwise_equal, assert_close
 from tests.support.random_layers import draw

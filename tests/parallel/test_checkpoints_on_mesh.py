@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from gqa_jax import Decoder, checkpoint
-from gqa_jax.context_parallel import ContextParallel
-from gqa_jax.sharding import MeshAxes, parameter_specs
-from gqa_jax.training import TrainState, train_step
+from gqa_jax.parallel.context import ContextParallel
+from gqa_jax.parallel.sharding import MeshAxes, parameter_specs
+from gqa_jax.train.step import TrainState, train_step
 from tests.support.compare import assert_bitwise_equal, assert_close
 from tests.support.meshes import mesh
 from tests.support.tiny_decoders import REPEATING, build

@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from gqa_jax.context_parallel import ContextParallel, context_attention, context_gated_delta_rule
-from gqa_jax.mlp import MLP
-from gqa_jax.sharding import MeshAxes, shard_parameters
+from gqa_jax.layers.mlp import MLP
+from gqa_jax.parallel.context import ContextParallel, context_attention, context_gated_delta_rule
+from gqa_jax.parallel.sharding import MeshAxes, shard_parameters
 from tests.support.hlo import collectives, count
 from tests.support.meshes import mesh
 

@@ -18,12 +18,12 @@ from gqa_jax import (
     GatedDeltaNetConfig,
     SelfAttention,
 )
-from gqa_jax import tensor_parallel as tp
-from gqa_jax.context_parallel import ContextParallel, context_attention
-from gqa_jax.context_parallel.affine import cheapest_exchange
-from gqa_jax.decoder_layer import DecoderLayer
+from gqa_jax.models.decoder_layer import DecoderLayer
+from gqa_jax.parallel import tensor as tp
+from gqa_jax.parallel.context import ContextParallel, context_attention
+from gqa_jax.parallel.context.affine import cheapest_exchange
+from gqa_jax.parallel.sharding import MeshAxes, parameter_shardings
 from gqa_jax.planner import costs, hlo
-from gqa_jax.sharding import MeshAxes, parameter_shardings
 from pallas_kernels import aot
 from tests.support.aot import require
 from tests.support.meshes import mesh as cpu_mesh

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gqa_jax.context_parallel import (
+from gqa_jax.parallel.context import (
     ContextParallel,
     check_permutation,
     context_causal_conv1d,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gqa_jax import AttentionConfig, Decoder, GatedDeltaNet, SelfAttention
-from gqa_jax.context_parallel import ContextParallel, from_layout, to_layout
-from gqa_jax.sharding import MeshAxes
+from gqa_jax.parallel.context import ContextParallel, from_layout, to_layout
+from gqa_jax.parallel.sharding import MeshAxes
 from tests.support.compare import assert_close
 from tests.support.meshes import mesh
 from tests.support.random_layers import draw, random_layer

@@ -21,10 +21,15 @@ from gqa_jax import (
     generate,
     stream,
 )
-from gqa_jax import tensor_parallel as tp
-from gqa_jax.context_parallel import ContextParallel, from_layout, to_layout
-from gqa_jax.decoder_layer import Embedding
-from gqa_jax.sharding import MeshAxes, parameter_shardings, parameter_specs, shard_parameters
+from gqa_jax.models.decoder_layer import Embedding
+from gqa_jax.parallel import tensor as tp
+from gqa_jax.parallel.context import ContextParallel, from_layout, to_layout
+from gqa_jax.parallel.sharding import (
+    MeshAxes,
+    parameter_shardings,
+    parameter_specs,
+    shard_parameters,
+)
 from tests.support.compare import assert_close, relative_error
 from tests.support.hlo import collectives
 from tests.support.meshes import mesh

@@ -18,10 +18,15 @@ from gqa_jax import (
     lora,
     qk_clip,
 )
-from gqa_jax.context_parallel import ContextParallel, from_layout, to_layout
-from gqa_jax.mlp import MLP
-from gqa_jax.moe import MoE
-from gqa_jax.sharding import MeshAxes, parameter_shardings, parameter_spec, shard_parameters
+from gqa_jax.layers.mlp import MLP
+from gqa_jax.layers.moe import MoE
+from gqa_jax.parallel.context import ContextParallel, from_layout, to_layout
+from gqa_jax.parallel.sharding import (
+    MeshAxes,
+    parameter_shardings,
+    parameter_spec,
+    shard_parameters,
+)
 from tests.support.compare import assert_close
 from tests.support.meshes import mesh, mostly_slow, pairwise
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from gqa_jax import checkpoint, generate
-from gqa_jax.sharding import MeshAxes, path_name, shard_parameters
-from gqa_jax.train_checkpoint import TrainCheckpoints
+from gqa_jax.parallel.sharding import MeshAxes, path_name, shard_parameters
+from gqa_jax.train.checkpoint import TrainCheckpoints
 from tests.parallel import two_process_training as training
 from tests.support import two_processes
 from tests.support.compare import assert_bitwise_equal, assert_close

@@ -6,7 +6,7 @@ import pytest
 
 from gqa_jax import DecoderConfig
 from gqa_jax.__main__ import main
-from gqa_jax.hf_config import PRESETS
+from gqa_jax.hf.config import PRESETS
 from gqa_jax.planner import costs, hlo, plan
 from gqa_jax.planner.mesh import parse_mesh, plan_mesh
 from gqa_jax.planner.model_flops import model_flops

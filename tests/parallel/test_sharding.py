@@ -21,10 +21,10 @@ from gqa_jax import (
     SelfAttention,
     sharding,
 )
-from gqa_jax.context_parallel import ContextParallel, from_layout, to_layout
-from gqa_jax.mlp import MLP
-from gqa_jax.sharding import MeshAxes
-from gqa_jax.training import TrainState, train_step
+from gqa_jax.layers.mlp import MLP
+from gqa_jax.parallel.context import ContextParallel, from_layout, to_layout
+from gqa_jax.parallel.sharding import MeshAxes
+from gqa_jax.train.step import TrainState, train_step
 from tests.support.compare import assert_bitwise_equal, assert_close
 from tests.support.meshes import mesh
 
@@ -233,7 +233,7 @@ EVERY_KIND = optax.chain(
             pytest.param(optimizer, id=name, marks=pytest.mark.slow)
             for name, optimizer in dict(
                 adafactor=ADAFACTOR, muon=optax.contrib.muon(1e-2), sm3=optax.sm3(1e-2), lion=optax.lion(1e-3),
-                momentum=optax.sgd(1e-2, momentum=0.9), adamw=optax.adamw(1e-2),
+                momentum=optax.sgd(0.1, momentum=0.9), adamw=optax.adamw(1e-2),
             ).items()
         ),
     ],
@@ -257,7 +257,7 @@ def test_optimizers_train_on_a_mesh_as_on_one_device(optimizer):
         *map(jax.tree.leaves, (spread.params, alone.params, before)), strict=True
     ):
         assert_close(got, want, atol=2e-5)
-        assert np.abs(np.asarray(want) - old).max() > 2e-4  # it moved, by ten times the tolerance
+        assert np.abs(np.asarray(want) - old).max() > 1e-3  # it moved, by fifty times the tolerance
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -11,11 +11,12 @@ import numpy as np
 import optax
 from flax import nnx
 
-from gqa_jax import Decoder, checkpoint, generate, replica_check
-from gqa_jax.context_parallel import ContextParallel, context_attention, to_layout
-from gqa_jax.sharding import MeshAxes, parameter_shardings, path_name
-from gqa_jax.train_checkpoint import TrainCheckpoints
-from gqa_jax.training import TrainState, train_step
+from gqa_jax import Decoder, checkpoint, generate
+from gqa_jax.parallel.context import ContextParallel, context_attention, to_layout
+from gqa_jax.parallel.sharding import MeshAxes, parameter_shardings, path_name
+from gqa_jax.train import replica_check
+from gqa_jax.train.checkpoint import TrainCheckpoints
+from gqa_jax.train.step import TrainState, train_step
 from pallas_kernels import gqa_attention
 from tests.support import two_processes
 from tests.support.tiny_decoders import ATTENTION, HYBRID

@@ -1,0 +1,1 @@
+"""What `python -m gqa_jax demo` trains and shows."""

@@ -1,0 +1,1 @@
+"""Hugging Face folders: `config.json` and safetensors files, read and written."""

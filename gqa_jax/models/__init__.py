@@ -1,0 +1,1 @@
+"""A hybrid decoder: its layers, generation, sampling, and the memory it needs."""

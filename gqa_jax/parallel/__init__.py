@@ -1,0 +1,1 @@
+"""Models on a mesh: which axis splits what, tensor parallelism, context parallelism."""
