@@ -66,7 +66,7 @@ FAULTS = tuple(Fault(*fault) for fault in (
     ("keys and values exchanged", ATTENTION, "fused[..., -2, :], fused[..., -1, :]", "fused[..., -1, :], fused[..., -2, :]", f"{TRUTH} -k model_dim"),
     ("keys rotated by the other pairing", ATTENTION, "key = apply_rotary(key, cos, sin, pairing=config.rope.pairing)", 'key = apply_rotary(key, cos, sin, pairing="half")', f"{TRUTH} -k adjacent"),
     ("steps count from 0", ATTENTION, "positions = start[:, None] + jnp.arange", "positions = 0 * start[:, None] + jnp.arange", "layers/test_self_attention.py -k any_split"),
-    ("cross-attention ignores the mask", "gqa_jax/layers/cross_attention.py", "            mask=mask,\n            query_segment_ids", "            mask=None,\n            query_segment_ids", "modules/test_cross_attention.py -k explicit_sums"),
+    ("cross-attention ignores the mask", "gqa_jax/layers/cross_attention.py", "            mask=mask,\n            query_segment_ids", "            mask=None,\n            query_segment_ids", "layers/test_cross_attention.py -k explicit_sums"),
     # Norms
     ("zero-centred norm is plain", NORMS, "weight = weight + jnp.ones((), normed.dtype)", "weight = weight + jnp.zeros((), normed.dtype)", "layers/test_norms.py"),
     ("norm without epsilon", NORMS, "jnp.asarray(eps, wide.dtype)", "jnp.asarray(0.0 * eps, wide.dtype)", "layers/test_norms.py"),
@@ -83,10 +83,10 @@ FAULTS = tuple(Fault(*fault) for fault in (
     ("yarn sine without concentration", ROTARY, "jnp.sin(angles) * concentration", "jnp.sin(angles)", "layers/test_rotary.py -k concentration"),
     ("interleaved sections run over", ROTARY, "axis[which : 3 * sections[which] : 3] = which", "axis[which::3] = which", "layers/test_rotary.py -k interleaved"),
     # Masks
-    ("documents end a token late", MASKS, "index[None, :, None] >= ends[:, None, :]", "index[None, :, None] > ends[:, None, :]", "modules/test_self_attention_options.py -k document_ids"),
-    ("window of the picture one too wide", MASKS, "visible & (distance < sliding_window)", "visible & (distance <= sliding_window)", "modules/test_self_attention_options.py -k pictures"),
-    ("padding sees padding in the picture", MASKS, "visible & same & (query_segment_ids >= 0)[:, :, None]", "visible & same", "modules/test_self_attention_options.py -k pictures"),
-    ("prefix one too long", MASKS, "of_keys < prefix_length", "of_keys <= prefix_length", "modules/test_self_attention_options.py -k prefix"),
+    ("documents end a token late", MASKS, "index[None, :, None] >= ends[:, None, :]", "index[None, :, None] > ends[:, None, :]", "layers/test_self_attention_options.py -k document_ids"),
+    ("window of the picture one too wide", MASKS, "visible & (distance < sliding_window)", "visible & (distance <= sliding_window)", "layers/test_self_attention_options.py -k pictures"),
+    ("padding sees padding in the picture", MASKS, "visible & same & (query_segment_ids >= 0)[:, :, None]", "visible & same", "layers/test_self_attention_options.py -k pictures"),
+    ("prefix one too long", MASKS, "of_keys < prefix_length", "of_keys <= prefix_length", "layers/test_self_attention_options.py -k prefix"),
     # Attention operator
     ("window one too wide", ALGEBRA, "seen & (distance < options.sliding_window)", "seen & (distance <= options.sliding_window)", f"{OPERATOR}"),
     ("causal excludes the token itself", ALGEBRA, "seen = distance >= 0", "seen = distance > 0", f"{OPERATOR}"),
@@ -111,27 +111,27 @@ FAULTS = tuple(Fault(*fault) for fault in (
     ("decay with a wrong sign of A", GDN, "g = -jnp.exp(A_log)", "g = -jnp.exp(-A_log)", RECURRENCE),
     ("beta and decay exchanged", GDN, "write, decay = logits[..., : config.v_per_key], logits[..., config.v_per_key :]", "decay, write = logits[..., : config.v_per_key], logits[..., config.v_per_key :]", RECURRENCE),
     # Caches
-    ("ring written before it is read", f"{CACHE}/ring.py", "in_place = num_new <= self.capacity", "in_place = num_new <= 9 * self.capacity", "modules/test_cache_policies.py -k ring_equals"),
-    ("ring rewinds too far", f"{CACHE}/ring.py", "self.written - position <=", "self.length - position <=", "modules/test_cache_policies.py -k rewind_of_a_ring"),
-    ("ring forgets what it wrote", f"{CACHE}/ring.py", "newest - (newest - slot) % self.capacity", "slot", "modules/test_cache_policies.py -k ring"),
-    ("codes are cut, not rounded", f"{CACHE}/quantized.py", "jnp.round(codes) if whole", "jnp.trunc(codes) if whole", "modules/test_cache_policies.py -k half_a_code"),
-    ("common prefix leaves nothing to run", f"{CACHE}/prefix.py", "new.size - 1)", "new.size)", "modules/test_cache_policies.py -k common_prefix"),
+    ("ring written before it is read", f"{CACHE}/ring.py", "in_place = num_new <= self.capacity", "in_place = num_new <= 9 * self.capacity", "cache/test_policies.py -k ring_equals"),
+    ("ring rewinds too far", f"{CACHE}/ring.py", "self.written - position <=", "self.length - position <=", "cache/test_policies.py -k rewind_of_a_ring"),
+    ("ring forgets what it wrote", f"{CACHE}/ring.py", "newest - (newest - slot) % self.capacity", "slot", "cache/test_policies.py -k ring"),
+    ("codes are cut, not rounded", f"{CACHE}/quantized.py", "jnp.round(codes) if whole", "jnp.trunc(codes) if whole", "cache/test_policies.py -k half_a_code"),
+    ("common prefix leaves nothing to run", f"{CACHE}/prefix.py", "new.size - 1)", "new.size)", "cache/test_policies.py -k common_prefix"),
     # Layouts
     ("gate before query on disk", f"{LAYOUT}/qkv.py", "query, gate = (flatten(part, axis, 2)", "gate, query = (flatten(part, axis, 2)", "layout/test_qkv.py -k index_formula"),
     ("fused gate before query", f"{LAYOUT}/qkv.py", "query, gate, key, value = parts", "gate, query, key, value = parts", "layout/test_qkv.py -k index_formula"),
     # Mixtures
-    ("weights of experts not divided by their sum", MOE, "weights = weights / weights.sum(axis=-1, keepdims=True)", "weights = weights", "decoder/test_moe.py -k loop_over_experts"),
-    ("shared expert without its gate", MOE, "jax.nn.sigmoid(self.shared_gate(flat)) * self.shared(flat)", "self.shared(flat)", "decoder/test_moe.py -k loop_over_experts"),
-    ("padding is counted by the router", MOE, "counted = real.reshape(-1).astype(jnp.float32)", "counted = counted", "decoder/test_moe.py -k padding"),
-    ("gate and up exchanged", "gqa_jax/layers/mlp.py", "jax.nn.silu(gate_up[..., 0]) * gate_up[..., 1]", "jax.nn.silu(gate_up[..., 1]) * gate_up[..., 0]", "decoder/test_moe.py -k loop_over_experts"),
+    ("weights of experts not divided by their sum", MOE, "weights = weights / weights.sum(axis=-1, keepdims=True)", "weights = weights", "models/test_moe.py -k loop_over_experts"),
+    ("shared expert without its gate", MOE, "jax.nn.sigmoid(self.shared_gate(flat)) * self.shared(flat)", "self.shared(flat)", "models/test_moe.py -k loop_over_experts"),
+    ("padding is counted by the router", MOE, "counted = real.reshape(-1).astype(jnp.float32)", "counted = counted", "models/test_moe.py -k padding"),
+    ("gate and up exchanged", "gqa_jax/layers/mlp.py", "jax.nn.silu(gate_up[..., 0]) * gate_up[..., 1]", "jax.nn.silu(gate_up[..., 1]) * gate_up[..., 0]", "models/test_moe.py -k loop_over_experts"),
     # Training and generation
-    ("clip is not shared by query and key", CLIP, "ClipFactors(eta**alpha, eta ** (1.0 - alpha))", "ClipFactors(eta, eta)", "modules/test_training_aids.py -k threshold"),
-    ("clip stretches small logits", CLIP, "eta = jnp.minimum(1.0, ", "eta = jnp.maximum(1.0, ", "modules/test_training_aids.py -k threshold"),
-    ("top p keeps a token too few", "gqa_jax/models/sampling.py", "before < sampling.top_p", "before + probability < sampling.top_p", "decoder/test_sampling.py"),
-    ("temperature multiplies", "gqa_jax/models/sampling.py", "keepdims=True)) / sampling.temperature", "keepdims=True)) * sampling.temperature", "decoder/test_sampling.py"),
-    ("rank stabilised scaling is plain", "gqa_jax/train/lora.py", "(self.rank**0.5 if self.use_rslora else self.rank)", "self.rank", "modules/test_lora.py -k rank_stabilised"),
-    ("adapter without its scaling", "gqa_jax/train/lora.py", "jnp.asarray(self.scaling, dtype)", "jnp.asarray(1.0, dtype)", "modules/test_lora.py -k merge"),
-    ("every layer has a window", "gqa_jax/models/layer_pattern.py", "tuple(not skipped for skipped in full)", "tuple(True for skipped in full)", "modules/test_self_attention_options.py -k layer_patterns"),
+    ("clip is not shared by query and key", CLIP, "ClipFactors(eta**alpha, eta ** (1.0 - alpha))", "ClipFactors(eta, eta)", "train/test_training_aids.py -k threshold"),
+    ("clip stretches small logits", CLIP, "eta = jnp.minimum(1.0, ", "eta = jnp.maximum(1.0, ", "train/test_training_aids.py -k threshold"),
+    ("top p keeps a token too few", "gqa_jax/models/sampling.py", "before < sampling.top_p", "before + probability < sampling.top_p", "models/test_sampling.py"),
+    ("temperature multiplies", "gqa_jax/models/sampling.py", "keepdims=True)) / sampling.temperature", "keepdims=True)) * sampling.temperature", "models/test_sampling.py"),
+    ("rank stabilised scaling is plain", "gqa_jax/train/lora.py", "(self.rank**0.5 if self.use_rslora else self.rank)", "self.rank", "train/test_lora.py -k rank_stabilised"),
+    ("adapter without its scaling", "gqa_jax/train/lora.py", "jnp.asarray(self.scaling, dtype)", "jnp.asarray(1.0, dtype)", "train/test_lora.py -k merge"),
+    ("every layer has a window", "gqa_jax/models/layer_pattern.py", "tuple(not skipped for skipped in full)", "tuple(True for skipped in full)", "layers/test_self_attention_options.py -k layer_patterns"),
 ))  # fmt: skip
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import pallas_kernels as pk
 from benchmarks.timing import paired
 
-TESTS = ["tests/kernels", "tests/attention"]
+TESTS = ["tests/attention"]
 # Queries of one call: enough blocks for every SM at any length, and 8 minutes for the whole suite.
 TOKENS = 32768
 CHECKED = 512

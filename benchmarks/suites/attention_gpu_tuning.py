@@ -16,7 +16,7 @@ from benchmarks.suites.attention_gpu import TOY, Shape, inputs
 from benchmarks.timing import paired
 from pallas_kernels.attention import mosaic_gpu_fwd, mosaic_gpu_tuning
 
-TESTS = ["tests/kernels/test_attention_mosaic_gpu_fwd.py"]
+TESTS = ["tests/attention/test_mosaic_gpu_fwd.py"]
 SHAPES = (
     Shape(1024),
     Shape(4096),

@@ -23,7 +23,7 @@ import dataclasses
 import math
 from typing import Any
 
-TESTS = ["tests/kernels/test_delta_step_kernels.py"]
+TESTS = ["tests/delta_rule/test_step_kernels.py"]
 CHUNK, DIM, KEY_HEADS = 64, 128, 16
 # H200: copy bandwidth and dense bfloat16 products as commonly reached, not the data sheet's 4.8 and 989.
 BYTES_PER_SECOND, FLOPS_PER_SECOND, MULTIPROCESSORS = 4.3e12, 790e12, 132

@@ -29,8 +29,8 @@ from tests.support.compare import DELTA_RULE_TOLERANCES
 TESTS = [
     "tests/causal_conv",
     "tests/deltanet",
-    "tests/kernels/test_causal_conv_kernels.py",
-    "tests/kernels/test_deltanet_step_kernels.py",
+    "tests/causal_conv/test_kernels.py",
+    "tests/deltanet/test_step_kernels.py",
 ]
 CHECKED_TOKENS, CHECKED_ROWS = 130, 2
 WIDTH = 4

@@ -119,7 +119,7 @@ def test_mistakes_are_answered(arguments, status, text, capfd):
 
 
 def test_bad_checkpoints_are_answered_in_one_line(tmp_path, capfd):
-    """Damaged folders themselves: tests/checkpoint/test_hostile_files.py."""
+    """Damaged folders themselves: tests/hf/test_hostile_files.py."""
     arguments = ["generate", "--checkpoint", str(tmp_path), "--tokens", "1"]
     fields = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 10_000, "vocab_size": 9}
     fields |= {"num_attention_heads": 2, "intermediate_size": 4}

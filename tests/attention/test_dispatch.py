@@ -7,7 +7,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import _dispatch
-from tests.kernels import attention_cases as cases
+from tests.attention import kernel_cases as cases
 from tests.support import compare
 from tests.support.mosaic_gpu_interpreter import interpreted
 

@@ -7,7 +7,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels.attention.mosaic_gpu_tuning import ATOMIC_HEAD_DIMS, HEAD_DIMS
-from tests.kernels import attention_cases as cases
+from tests.attention import kernel_cases as cases
 from tests.support import compare
 
 pytestmark = pytest.mark.gpu

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.attention import mosaic_gpu_bwd, mosaic_gpu_fwd
 from pallas_kernels.attention.mosaic_gpu_bwd import atomic, keys, queries
 from pallas_kernels.attention.mosaic_gpu_tuning import BackwardConfig, ForwardConfig
-from tests.kernels import attention_cases as cases
+from tests.attention import kernel_cases as cases
 from tests.support.kernel_waits import COMPLAINT, Site, waits, without
 from tests.support.mosaic_gpu_interpreter import interpreted
 

@@ -7,7 +7,7 @@ import pytest
 
 from gqa_jax.config import DecoderConfig, LinearScaling, Llama3Scaling, YarnScaling
 from gqa_jax.hf.config import to_hf_config
-from tests.checkpoint.hf_models import FAMILIES, hf_config
+from tests.hf.hf_models import FAMILIES, hf_config
 
 pytestmark = pytest.mark.torch
 pytest.importorskip("transformers")

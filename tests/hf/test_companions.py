@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gqa_jax import DecoderConfig, checkpoint, generate
-from tests.checkpoint.hf_models import build
+from tests.hf.hf_models import build
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")

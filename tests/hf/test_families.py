@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gqa_jax import checkpoint
-from tests.checkpoint.hf_models import FAMILIES, shared_model
+from tests.hf.hf_models import FAMILIES, shared_model
 from tests.support.compare import assert_close
 
 pytestmark = pytest.mark.torch

@@ -8,7 +8,7 @@ import pytest
 
 from pallas_kernels.attention import mosaic_gpu_bwd
 from pallas_kernels.attention.mosaic_gpu_tuning import HEAD_DIMS, BackwardConfig, backward_config
-from tests.kernels import attention_cases as cases
+from tests.attention import kernel_cases as cases
 from tests.support import compare
 from tests.support.mosaic_gpu_interpreter import interpreted
 

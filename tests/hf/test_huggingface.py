@@ -12,7 +12,7 @@ import pytest
 from gqa_jax import checkpoint
 from gqa_jax.config import DecoderConfig
 from gqa_jax.hf.checkpoint.safetensors_file import TensorFile
-from tests.checkpoint.hf_models import FAMILIES, build, hf_config, shared_model
+from tests.hf.hf_models import FAMILIES, build, hf_config, shared_model
 from tests.support.compare import assert_bitwise_equal
 
 pytestmark = pytest.mark.torch
