@@ -5,6 +5,11 @@ NEWEST ?= .venv-newest
 NEWEST_TORCH ?= .venv-newest-torch
 RUN     = $(VENV)/bin/python
 WORKERS ?= 2
+# One room of tests for `make room`.
+ROOM ?= decode
+# Tests of every operator's reference against something that this project did not write.
+ORACLES = tests/attention/test_peers.py tests/decode/test_decode.py tests/delta_rule/test_truth.py tests/causal_conv/test_causal_conv.py \
+          tests/causal_conv/test_causal_conv_qkv.py tests/deltanet/test_contract.py
 # What `test-newest` runs; CI takes the rooms whose code JAX's versions treat differently.
 NEWEST_TESTS ?= tests
 ifeq ($(shell command -v nvidia-smi),)
@@ -17,13 +22,24 @@ export JAX_COMPILATION_CACHE_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/gqa_j
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
-.PHONY: demo test test-all mutants peers check format notebooks bench test-newest test-newest-torch test-gpu clean
+.PHONY: demo test test-all quick oracles room mutants peers check format notebooks bench test-newest test-newest-torch test-gpu clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m gqa_jax demo
 
 test: $(VENV)/.ready
 	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal tests
+
+# An answer within a minute: text, types, and the operators' truth, side by side.
+quick: $(VENV)/.ready
+	$(MAKE) --no-print-directory --output-sync -j2 check oracles
+
+oracles: $(VENV)/.ready
+	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(ORACLES)
+
+# The tests of one room: make room ROOM=delta_rule
+room: $(VENV)/.ready
+	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal tests/$(ROOM)
 
 # Every slow sweep too, not this commit's eighth of them.
 test-all: $(VENV)/.ready
