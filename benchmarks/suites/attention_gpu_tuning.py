@@ -1,9 +1,9 @@
-"""Which tiles the Hopper forward kernel should use: every candidate of `mosaic_gpu_tuning`, timed on the GPU at hand.
+"""Which tiles the Hopper forward kernel should use: every candidate of `hopper.tuning`, timed on the GPU at hand.
 
     python -m benchmarks.run attention_gpu_tuning            # on an H100 or H200
     python -m benchmarks.run attention_gpu_tuning --quick    # anywhere: two candidates of a toy shape, interpreted
 
-The rows go to `benchmarks/results/<device>/`, fastest first per shape; defaults in `mosaic_gpu_tuning` are changed by
+The rows go to `benchmarks/results/<device>/`, fastest first per shape; defaults in `hopper.tuning` are changed by
 hand, each with its reason, so that no length is tuned apart from its neighbours.
 """
 
@@ -14,7 +14,7 @@ import jax
 
 from benchmarks.suites.attention_gpu import TOY, Shape, inputs
 from benchmarks.timing import paired
-from pallas_kernels.attention import mosaic_gpu_fwd, mosaic_gpu_tuning
+from pallas_kernels.attention.hopper import fwd, tuning
 
 TESTS = ["tests/attention/test_mosaic_gpu_fwd.py"]
 SHAPES = (
@@ -31,11 +31,11 @@ SHAPES = (
 def measure_shape(shape: Shape, batch: int, limit: int | None, rounds: int) -> list[dict[str, Any]]:
     """Rows of one shape, fastest first."""
     (query, key, value, _), ids = inputs(shape, batch)
-    candidates = mosaic_gpu_tuning.forward_candidates(head_dim=shape.dim)[:limit]
+    candidates = tuning.forward_candidates(head_dim=shape.dim)[:limit]
 
     def call(config):
         run = jax.jit(
-            lambda query, key, value: mosaic_gpu_fwd.forward(
+            lambda query, key, value: fwd.forward(
                 query,
                 key,
                 value,

@@ -29,7 +29,7 @@ import pallas_kernels as pk
 from benchmarks.suites.delta_rule_floor import PUBLISHED
 from benchmarks.timing import paired
 from pallas_kernels import _dispatch
-from pallas_kernels.delta_rule import triton_step
+from pallas_kernels.delta_rule.step import triton
 from tests.support import delta_cases
 from tests.support.compare import DELTA_RULE_TOLERANCES, relative_error
 from tests.support.mosaic_gpu_interpreter import interpreted
@@ -407,7 +407,7 @@ def copy_rate(quick: bool) -> float:
 @contextlib.contextmanager
 def where_it_runs(name: str) -> Iterator[None]:
     """Without a GPU the kernels are interpreted."""
-    contexts = {"mosaic_gpu": interpreted, "triton": triton_step.interpreted}
+    contexts = {"mosaic_gpu": interpreted, "triton": triton.interpreted}
     if jax.default_backend() == "gpu" or name not in contexts:
         yield
         return

@@ -8,14 +8,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import _checks, _dispatch, _sharding
-from pallas_kernels.attention import (
-    algebra,
-    cudnn,
-    mosaic_gpu_tuning,
-    reference,
-    tuning,
-    vjp,
-)
+from pallas_kernels.attention import algebra, cudnn, reference, tuning, vjp
+from pallas_kernels.attention.hopper import tuning as hopper_tuning
 
 CausalAlignment = Literal["upper_left", "bottom_right"]
 Implementation = Literal["blockwise", "cudnn", "mosaic_gpu", "mosaic_gpu_atomic", "reference"]
@@ -276,13 +270,13 @@ def _reasons(query, key, value, options, *, with_lse: bool, qkv=None) -> dict[st
     kernels = {
         name: _dispatch.SYMBOLIC
         if symbolic
-        else mosaic_gpu_tuning.unsupported_reason(
+        else hopper_tuning.unsupported_reason(
             **about, varying=varying, atomic=name == "mosaic_gpu_atomic"
         )
         for name in ("mosaic_gpu", "mosaic_gpu_atomic")
     }
     names = ["cudnn", "blockwise", *kernels, "reference"]
-    if mosaic_gpu_tuning.preferred():
+    if hopper_tuning.preferred():
         names = ["cudnn", "mosaic_gpu", "blockwise", "mosaic_gpu_atomic", "reference"]
     lengths = query.shape[1], key.shape[1]
     others = {

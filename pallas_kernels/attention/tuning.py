@@ -68,7 +68,7 @@ def unsupported_reason(
     """Why `implementation` cannot run a request, or None if it can.
 
     Args:
-      implementation: "reference", "blockwise" or "cudnn" (`mosaic_gpu_tuning` answers for its own).
+      implementation: "reference", "blockwise" or "cudnn" (`hopper.tuning` answers for its own).
       dtype, head_dim, value_dim: of query and value.
       lengths: T and S, which may be symbolic (`jax.export`).
       options: the keyword arguments of `gqa_attention`.

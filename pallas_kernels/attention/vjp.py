@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import algebra, blockwise, mosaic_gpu_tuning, reference
+from pallas_kernels.attention import algebra, blockwise, reference
+from pallas_kernels.attention.hopper import tuning
 
 
 class Fused(NamedTuple):
@@ -92,24 +93,24 @@ def _kernel_options(context: algebra.Context, options: algebra.Options) -> dict[
 def _forward_config(query_shape, key_shape, context: algebra.Context, options: algebra.Options):
     batch, q_len, num_heads, head_dim = query_shape
     kv_len, kv_heads = key_shape[1:3]
-    return mosaic_gpu_tuning.forward_config(
+    return tuning.forward_config(
         q_len=q_len, kv_len=kv_len, head_dim=head_dim, group=num_heads // kv_heads, batch=batch,
         kv_heads=kv_heads, segments=context.query_segment_ids is not None, is_causal=options.is_causal,
     )  # fmt: skip
 
 
 def _backward_config(query_shape, context: algebra.Context, options: algebra.Options, atomic: bool):
-    return mosaic_gpu_tuning.backward_config(
+    return tuning.backward_config(
         head_dim=query_shape[-1], atomic=atomic, q_len=query_shape[1], is_causal=options.is_causal,
         segments=context.query_segment_ids is not None,
     )  # fmt: skip
 
 
 def _mosaic_gpu_forward(inputs, context, options):
-    from pallas_kernels.attention import mosaic_gpu_fwd
+    from pallas_kernels.attention.hopper import fwd
 
     query, key, value, _, sinks = inputs
-    return mosaic_gpu_fwd.forward(
+    return fwd.forward(
         query, key, value, sinks=sinks, query_segment_ids=context.query_segment_ids,
         kv_segment_ids=context.kv_segment_ids,
         config=_forward_config(query.shape, key.shape, context, options),
@@ -118,12 +119,12 @@ def _mosaic_gpu_forward(inputs, context, options):
 
 
 def _mosaic_gpu_backward(inputs, context, options, saved, cotangents, *, atomic=False):
-    from pallas_kernels.attention import mosaic_gpu_bwd
+    from pallas_kernels.attention.hopper import bwd
 
     (out, lse), (d_out, d_lse) = saved, cotangents
     query, key, value, _, sinks = inputs
     config = _backward_config(query.shape, context, options, atomic)
-    found = mosaic_gpu_bwd.backward(
+    found = bwd.backward(
         query, key, value, out, lse, d_out, d_lse=d_lse, sinks=sinks, config=config,
         query_segment_ids=context.query_segment_ids, kv_segment_ids=context.kv_segment_ids,
         **_kernel_options(context, options),
@@ -132,10 +133,10 @@ def _mosaic_gpu_backward(inputs, context, options, saved, cotangents, *, atomic=
 
 
 def _mosaic_gpu_qkv_forward(inputs: Fused, context, options):
-    from pallas_kernels.attention import mosaic_gpu_fwd
+    from pallas_kernels.attention.hopper import fwd
 
     split = jax.eval_shape(Fused.split, inputs)
-    return mosaic_gpu_fwd.forward_qkv(
+    return fwd.forward_qkv(
         inputs.qkv, sinks=inputs.sinks, segment_ids=context.query_segment_ids,
         config=_forward_config(split.query.shape, split.key.shape, context, options),
         **_kernel_options(context, options),
@@ -143,13 +144,13 @@ def _mosaic_gpu_qkv_forward(inputs: Fused, context, options):
 
 
 def _mosaic_gpu_qkv_backward(inputs: Fused, context, options, saved, cotangents, *, atomic=False):
-    from pallas_kernels.attention import mosaic_gpu_bwd
+    from pallas_kernels.attention.hopper import bwd
 
     (out, lse), (d_out, d_lse) = saved, cotangents
     shape = jax.eval_shape(Fused.split, inputs).query.shape
     config = _backward_config(shape, context, options, atomic)
     return Fused(
-        *mosaic_gpu_bwd.backward_qkv(
+        *bwd.backward_qkv(
             inputs.qkv, out, lse, d_out, d_lse=d_lse, sinks=inputs.sinks, config=config,
             segment_ids=context.query_segment_ids, **_kernel_options(context, options),
         )

@@ -186,22 +186,20 @@ def _prepared(operands: Operands) -> dict[str, Any]:
 
 
 def _launch_forward(options: Options, filters, operands: Operands) -> Any:
-    from pallas_kernels.causal_conv import mosaic_gpu_fwd
+    from pallas_kernels.causal_conv.hopper import fwd
 
     operands = operands._replace(weight=filters[0], bias=filters[1])
-    return mosaic_gpu_fwd.forward(
-        operands.mixed, operands.weight, **_prepared(operands), **options._asdict()
-    )
+    return fwd.forward(operands.mixed, operands.weight, **_prepared(operands), **options._asdict())
 
 
 def _launch_backward(options: Options, filters, arrays) -> Any:
-    from pallas_kernels.causal_conv import mosaic_gpu_bwd
+    from pallas_kernels.causal_conv.hopper import bwd
 
     operands, cotangents = arrays
     operands = operands._replace(weight=filters[0], bias=filters[1])
     rows = tuning.backward_rows(
         max(options.key_dim, options.value_dim), itemsize=operands.mixed.dtype.itemsize
     )
-    return mosaic_gpu_bwd.backward(
+    return bwd.backward(
         operands.mixed, operands.weight, cotangents, rows=rows, **_prepared(operands), **options._asdict()
     )  # fmt: skip

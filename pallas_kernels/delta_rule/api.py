@@ -10,16 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch, _sharding
 from pallas_kernels._inert import finite_part
-from pallas_kernels.delta_rule import (
-    algebra,
-    mosaic_gpu_tuning,
-    order,
-    reference,
-    step,
-    step_tuning,
-    tuning,
-    vjp,
-)
+from pallas_kernels.delta_rule import algebra, order, reference, step, tuning, vjp
+from pallas_kernels.delta_rule.hopper import tuning as hopper_tuning
+from pallas_kernels.delta_rule.step import tuning as step_tuning
 
 _STEP_TOKENS = 8
 
@@ -243,12 +236,12 @@ def _reasons(sizes, tokens: order.Tokens, others, chunk_size) -> dict[str, str |
         name: tuning.unsupported_reason(name, length=sizes["T"], chunk_size=chunk_size)
         for name in names
     }
-    kernels = _dispatch.SYMBOLIC if _dispatch.is_symbolic(*tokens) else mosaic_gpu_tuning.unsupported_reason(
+    kernels = _dispatch.SYMBOLIC if _dispatch.is_symbolic(*tokens) else hopper_tuning.unsupported_reason(
         dtypes=tuple(x.dtype for x in tokens[:3]), key_dim=sizes["Dk"], value_dim=sizes["Dv"],
         per_channel=len(tokens.g.shape) == 4, chunk_size=chunk_size,
         varying=_sharding.is_varying((tokens, others)),
     )  # fmt: skip
-    if mosaic_gpu_tuning.preferred():
+    if hopper_tuning.preferred():
         return {"mosaic_gpu": kernels, **found}
     return {**found, "mosaic_gpu": kernels}
 
@@ -259,7 +252,7 @@ def _plan(
     sequences = None if cu_seqlens is None else sizes["sequences"]
     chunk = int(chunk_size) if chunk_size else tuning.chunk_size(sizes["T"], sequences)
     if kernels:
-        chunk = mosaic_gpu_tuning.CHUNK
+        chunk = hopper_tuning.CHUNK
     count = order.chunk_count(sizes["T"], sequences, chunk)
     platform = _dispatch.target().platform
     lanes = 1 if per_channel else tuning.segments(count, platform)
@@ -267,7 +260,7 @@ def _plan(
         lanes = 1  # packed sequences run side by side already
         if sequences is None:
             heads = sizes["B"] * sizes["Hv"]
-            lanes = mosaic_gpu_tuning.lanes(heads=heads, value_dim=sizes["Dv"], chunks=count)
+            lanes = hopper_tuning.lanes(heads=heads, value_dim=sizes["Dv"], chunks=count)
     steps = -(-count // lanes)
     block = tuning.block(steps, sizes["B"] * lanes * sizes["Hv"], platform)
     return order.Plan(

@@ -70,9 +70,9 @@ def mosaic_gpu(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _kernels(plan, order, tokens, initial_state):
-    from pallas_kernels.delta_rule import mosaic_gpu_lanes
+    from pallas_kernels.delta_rule.hopper import lanes
 
-    return mosaic_gpu_lanes.forward(plan, order, tokens, initial_state)
+    return lanes.forward(plan, order, tokens, initial_state)
 
 
 def _kernels_forward(plan, order, tokens, initial_state):
@@ -91,9 +91,9 @@ _kernels.defvjp(_kernels_forward, _kernels_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gradient(plan, order, tokens, initial_state, kept, cotangents):
-    from pallas_kernels.delta_rule import mosaic_gpu_lanes_bwd
+    from pallas_kernels.delta_rule.hopper import lanes_bwd
 
-    return mosaic_gpu_lanes_bwd.backward(plan, order, tokens, initial_state, kept, *cotangents)
+    return lanes_bwd.backward(plan, order, tokens, initial_state, kept, *cotangents)
 
 
 def _gradient_forward(plan, order, tokens, initial_state, kept, cotangents):

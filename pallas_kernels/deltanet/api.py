@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch, _sharding
-from pallas_kernels.deltanet import step, step_tuning
+from pallas_kernels.deltanet import step, tuning
 from pallas_kernels.deltanet.algebra import Inputs, Options
 
 _STEP_TOKENS = 8
@@ -133,7 +133,7 @@ def _reasons(inputs: Inputs, state, slots) -> dict[str, str | None]:
     """Reasons in order of preference: the kernels come last until they have been measured."""
     floats = inputs._replace(lengths=None)
     return {
-        name: step_tuning.unsupported_reason(
+        name: tuning.unsupported_reason(
             name, dtypes=[x.dtype for x in jax.tree.leaves(floats)],
             state_dtype=step.state_dtype(state, inputs.mixed), key_dim=state.shape[2],
             value_dim=state.shape[3], width=inputs.conv_kernel.shape[0], channels=inputs.mixed.shape[3],

@@ -5,7 +5,7 @@ import functools
 import jax
 
 from pallas_kernels.delta_rule import step as delta_rule
-from pallas_kernels.delta_rule import step_tuning as delta_rule_tuning
+from pallas_kernels.delta_rule.step import tuning as delta_rule_tuning
 from pallas_kernels.deltanet import reference
 from pallas_kernels.deltanet.algebra import Inputs, Options
 
@@ -56,9 +56,9 @@ _program = functools.partial(jax.jit, static_argnums=(0, 1), inline=True)(_kerne
 def _launch(implementation: str, options: Options, tokens, pools, slots, weights):
     # A kernel's file is imported where it is called: a machine without it never reads it.
     if implementation == "triton":
-        from pallas_kernels.deltanet import triton_step as kernel
+        from pallas_kernels.deltanet import triton as kernel
     else:
-        from pallas_kernels.deltanet import mosaic_gpu_step as kernel
+        from pallas_kernels.deltanet import mosaic_gpu as kernel
     mixed, logits, lengths = tokens
     state, conv_state = pools
     conv_kernel, conv_bias, A_log, dt_bias = weights

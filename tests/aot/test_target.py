@@ -16,10 +16,10 @@ from gqa_jax import DecoderConfig
 from gqa_jax.hf.config import PRESETS
 from gqa_jax.planner import plan
 from pallas_kernels import _dispatch, aot
-from pallas_kernels.attention import mosaic_gpu_tuning
+from pallas_kernels.attention.hopper import tuning
 from pallas_kernels.decode import tuning as decode_tuning
 from pallas_kernels.delta_rule import api as delta_rule
-from pallas_kernels.delta_rule import triton_step
+from pallas_kernels.delta_rule.step import triton
 from tests.support.aot import require
 
 H200 = _dispatch.Target("gpu", "9.0")
@@ -164,7 +164,7 @@ def by_triton(*operands):
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["operator", "jit of a user"])
 def test_an_interpreted_program_is_not_served_outside(wrap):
     operands, call = step_operands(), wrap(by_triton)
-    with triton_step.interpreted():
+    with triton.interpreted():
         assert np.isfinite(call(*operands)).all()
     with pytest.raises(NotImplementedError, match="compute capability 8.0"):
         call(*operands)
@@ -174,7 +174,7 @@ def test_an_interpreted_program_is_not_served_outside(wrap):
         pytest.raises(Exception, match="Only interpret mode is supported on CPU backend"),
     ):
         call(*operands)
-    with triton_step.interpreted():
+    with triton.interpreted():
         assert np.isfinite(call(*operands)).all()
 
 
@@ -187,7 +187,7 @@ def test_a_program_for_this_machine_is_not_served_to_the_interpreter():
         return pk.gqa_attention(x, x, x)
 
     x = jnp.ones((1, 8, 2, 16))
-    for context in (contextlib.nullcontext, triton_step.interpreted, contextlib.nullcontext):
+    for context in (contextlib.nullcontext, triton.interpreted, contextlib.nullcontext):
         with context():
             call(x)
     assert [target.interpret for target in traced] == [None, True]
@@ -198,16 +198,16 @@ def test_tuned_configurations_reach_programs_that_were_traced_before():
 
     @jax.jit
     def call(x):
-        traced.append(mosaic_gpu_tuning.backward_config(head_dim=64, q_len=64).stages)
+        traced.append(tuning.backward_config(head_dim=64, q_len=64).stages)
         return x
 
-    key = mosaic_gpu_tuning.bucket("backward", head_dim=64, q_len=64, is_causal=False)
+    key = tuning.bucket("backward", head_dim=64, q_len=64, is_causal=False)
     call(1.0)
     try:
-        mosaic_gpu_tuning.use_tuned({key: mosaic_gpu_tuning.BackwardConfig(stages=4)})
+        tuning.use_tuned({key: tuning.BackwardConfig(stages=4)})
         call(1.0)
     finally:
-        mosaic_gpu_tuning.use_tuned({})
+        tuning.use_tuned({})
     call(1.0)
     assert traced == [3, 4]
 

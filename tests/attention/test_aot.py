@@ -9,20 +9,31 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels import _aot_cases, _sass, aot
-from pallas_kernels.attention import mosaic_gpu_tuning
+from pallas_kernels import aot
+from pallas_kernels.aot import command, registry, sass
+from pallas_kernels.attention import aot_cases
+from pallas_kernels.attention.hopper import tuning
 from tests.support.aot import assert_fast, require
 
-CASES = {case.name: case for case in _aot_cases.attention_cases()}
-XLA_CASES = {case.name: case for case in _aot_cases.xla_cases()}
+LIMITS = {  # operators without a kernel of ours -> temporary memory over bytes moved, and bytes updated in place
+    # The cache is read where it lies: a copy of it would be half of what must be moved.
+    "decode_attention/step/b32-s8192": (0.1, 0),
+    # A chunk's products and, backward, the states at the starts of chunks.
+    "gated_delta_rule/forward/t4096": (6.0, 0),
+    "gated_delta_rule/backward/t4096": (12.0, 0),
+    "gated_delta_rule/step/b32": (0.1, 4 * 32 * 32 * 128 * 128),
+    "causal_conv1d/forward/t4096": (1.0, 2 * 4 * 8192),
+}
+CASES = {case.name: case for case in aot_cases.cases()}
+XLA_CASES = {case.name: case for case in registry.cases() if case.name in LIMITS}
 # What the registered cases leave out: masks and features together, and lengths that are no multiple of a tile.
 HARD = [
-    _aot_cases.AttentionShape("everything", segments=True, sliding_window=512, soft_cap=20.0, sinks=True),
-    _aot_cases.AttentionShape(
+    aot_cases.AttentionShape("everything", segments=True, sliding_window=512, soft_cap=20.0, sinks=True),
+    aot_cases.AttentionShape(
         "everything-d256", heads=16, kv_heads=2, head_dim=256, segments=True, sliding_window=512,
         soft_cap=20.0, sinks=True, dtype=jnp.float16,
     ),
-    _aot_cases.AttentionShape("ragged", batch=3, length=1037, heads=6, kv_heads=2, head_dim=96),
+    aot_cases.AttentionShape("ragged", batch=3, length=1037, heads=6, kv_heads=2, head_dim=96),
 ]  # fmt: skip
 
 
@@ -51,15 +62,15 @@ def test_registered_cases_use_the_tensor_cores_and_spill_nothing(name):
     "direction, shape",
     [
         pytest.param(direction, shape, id=f"{direction}-{shape.label}")
-        for direction in _aot_cases.DIRECTIONS
+        for direction in aot_cases.DIRECTIONS
         for shape in HARD
-        if direction != "backward_atomic" or shape.head_dim in mosaic_gpu_tuning.ATOMIC_HEAD_DIMS
+        if direction != "backward_atomic" or shape.head_dim in tuning.ATOMIC_HEAD_DIMS
     ],
 )
 def test_features_together_spill_nothing(direction, shape):
     require()
     # The compiler may prove a loop empty, so the count on paper is not asked for.
-    case = dataclasses.replace(_aot_cases.DIRECTIONS[direction](shape), tensor_instructions=())
+    case = dataclasses.replace(aot_cases.DIRECTIONS[direction](shape), tensor_instructions=())
     assert_fast(aot.compile_case(case))
 
 
@@ -96,16 +107,7 @@ def test_operators_without_a_kernel(name):
     report = aot.compile_case(XLA_CASES[name])
     assert not report.kernels
     assert not report.collectives
-    cache = {
-        # The cache is read where it lies: a copy of it would be half of what must be moved.
-        "decode_attention/step/b32-s8192": (0.1, 0),
-        # A chunk's products and, backward, the states at the starts of chunks.
-        "gated_delta_rule/forward/t4096": (6.0, 0),
-        "gated_delta_rule/backward/t4096": (12.0, 0),
-        "gated_delta_rule/step/b32": (0.1, 4 * 32 * 32 * 128 * 128),
-        "causal_conv1d/forward/t4096": (1.0, 2 * 4 * 8192),
-    }
-    most, aliased = cache[name]
+    most, aliased = LIMITS[name]
     assert report.temporary_bytes <= most * report.hbm_bytes
     assert report.aliased_bytes == aliased
 
@@ -151,7 +153,7 @@ def test_command_line(capsys, tmp_path):
     require()
     path = tmp_path / "facts.json"
     shape = "--length 256 --heads 4 --kv-heads 2 --head-dim 64 --causal --direction forward"
-    aot.main(["--operator", "gqa_attention", *shape.split(), "--json", str(path)])
+    command.main(["--operator", "gqa_attention", *shape.split(), "--json", str(path)])
     printed = capsys.readouterr().out
     assert "| gqa_attention/forward/b1-t256-n4-k2-d64 | attention_forward |" in printed
     (report,) = json.loads(path.read_text())["reports"]
@@ -159,7 +161,7 @@ def test_command_line(capsys, tmp_path):
 
 
 def test_list_needs_no_compiler(capsys):
-    aot.main(["--list"])
+    command.main(["--list"])
     listed = capsys.readouterr().out.split()
     assert len(set(listed)) == len(listed)
     assert {*CASES, *XLA_CASES} <= set(listed)
@@ -173,7 +175,7 @@ def test_errors():
     with pytest.raises(ValueError, match=r"`devices` must be 1..8 or a multiple of 8, got 12"):
         aot.topology("h200", devices=12)
     with pytest.raises(SystemExit):
-        aot.main(["--case", "nothing"])
+        command.main(["--case", "nothing"])
 
 
 PRINTED = """\
@@ -193,7 +195,7 @@ ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
 
 
 def test_parsing_what_the_compiler_prints():
-    (kernel,) = _sass.parse(PRINTED)
+    (kernel,) = sass.parse(PRINTED)
     assert kernel.name == "one_mosaic_gpu_kernel"
     assert (kernel.registers, kernel.stack_bytes) == (168, 8)
     assert (kernel.spill_store_bytes, kernel.spill_load_bytes) == (12, 16)
@@ -209,5 +211,5 @@ def test_loops_end_where_the_code_goes_back():
     loop = ".L_x_1:\n" + 70 * line("FADD R0, R0, R1") + line("@P0 BRA `(.L_x_1)")
     # Out of line: waits for a barrier, then goes back.
     wait = ".L_x_2:\n" + line("@!P1 BRA `(.L_x_2)") + line("BRA `(.L_x_1)")
-    (kernel,) = _sass.parse(PRINTED + loop + line("EXIT") + wait)
+    (kernel,) = sass.parse(PRINTED + loop + line("EXIT") + wait)
     assert kernel.loops == (71,)

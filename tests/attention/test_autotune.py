@@ -6,12 +6,14 @@ import json
 import jax
 import pytest
 
-from pallas_kernels import _autotune_attention, autotune
-from pallas_kernels.attention import mosaic_gpu_tuning as tuning
+from pallas_kernels import autotune
+from pallas_kernels.attention import autotune_cases
+from pallas_kernels.attention.hopper import tuning
+from pallas_kernels.autotune import command
 from tests.support.aot import require
 from tests.support.mosaic_gpu_interpreter import interpreted
 
-FORWARD = _autotune_attention.Cell("forward", 64, 100, True)
+FORWARD = autotune_cases.Cell("forward", 64, 100, True)
 ASKED = {"q_len": 100, "kv_len": 100, "head_dim": 64, "group": 1, "batch": 1, "kv_heads": 1}
 
 
@@ -23,8 +25,8 @@ def _nothing_tuned():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(_autotune_attention, "TOKENS", 1)
-    monkeypatch.setattr(_autotune_attention, "HEADS", {64: (1, 1)})
+    monkeypatch.setattr(autotune_cases, "TOKENS", 1)
+    monkeypatch.setattr(autotune_cases, "HEADS", {64: (1, 1)})
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_one_entry_serves_every_length_of_its_bucket():
 @pytest.mark.parametrize("direction", tuning.DIRECTIONS)
 @pytest.mark.parametrize("head_dim", tuning.HEAD_DIMS)
 def test_candidates_differ_and_fit(direction, head_dim):
-    for cell in _autotune_attention.cells([direction], [head_dim], [4096], [True]):
+    for cell in autotune_cases.cells([direction], [head_dim], [4096], [True]):
         candidates = cell.candidates()
         assert candidates[0] == cell.default()
         assert len(candidates) == len(set(candidates))
@@ -148,7 +150,7 @@ def test_a_file_of_another_machine_and_a_file_of_something_else(tuned):
 
 def test_without_a_hopper_gpu_the_command_says_so(tmp_path):
     with pytest.raises(SystemExit, match=r"autotune times kernels on an H100 or H200, this is"):
-        autotune.main([str(tmp_path / "tuned.json")])
+        command.main([str(tmp_path / "tuned.json")])
 
 
 def test_by_machine_code(tmp_path, capsys):
@@ -157,7 +159,7 @@ def test_by_machine_code(tmp_path, capsys):
     words = (
         "--by-machine-code --direction forward --head-dim 64 --length 1024 --mask causal --limit 2"
     )
-    autotune.main([str(path), *words.split()])
+    command.main([str(path), *words.split()])
     assert "forward/D64/T<=1024/causal" in capsys.readouterr().out
     record = json.loads(path.read_text())
     rows = record["entries"]["forward/D64/T<=1024/causal"]["candidates"]

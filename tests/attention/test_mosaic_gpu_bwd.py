@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import mosaic_gpu_bwd
-from pallas_kernels.attention.mosaic_gpu_tuning import HEAD_DIMS, BackwardConfig, backward_config
+from pallas_kernels.attention.hopper import bwd
+from pallas_kernels.attention.hopper.tuning import HEAD_DIMS, BackwardConfig, backward_config
 from tests.attention import kernel_cases as cases
 from tests.support import compare
 from tests.support.mosaic_gpu_interpreter import interpreted
@@ -23,9 +23,7 @@ def run(arrays, *, config=None, **options):
 
     def call(arrays, out, lse, traced):
         query, key, value, d_out = arrays
-        return mosaic_gpu_bwd.backward(
-            query, key, value, out, lse, d_out, config=config, **options, **traced
-        )
+        return bwd.backward(query, key, value, out, lse, d_out, config=config, **options, **traced)
 
     with interpreted():
         return jax.block_until_ready(jax.jit(call)(arrays, out.astype(query.dtype), lse, traced))
@@ -37,7 +35,7 @@ def check(arrays, *, config=None, **options):
     options["lse_cotangent"] = options.pop("d_lse", None)
     expected = cases.gradients(*arrays, **options)
     eps = float(jnp.finfo(arrays[0].dtype).eps)
-    for name, actual, truth in zip(mosaic_gpu_bwd.Gradients._fields, found, expected, strict=False):
+    for name, actual, truth in zip(bwd.Gradients._fields, found, expected, strict=False):
         assert actual.dtype == (truth.dtype if name == "sinks" else arrays[0].dtype)
         # Weights, ds and the result are rounded to the input dtype, terms of both signs are summed.
         largest = float(np.abs(np.asarray(truth)).max())
@@ -179,8 +177,8 @@ def test_into_the_fused_buffer(group, length, dim, atomic):
     out = out.astype(query.dtype)
 
     def both(query, key, value, fused, out, lse, d_out):
-        apart = mosaic_gpu_bwd.backward(query, key, value, out, lse, d_out, **options)
-        return apart, mosaic_gpu_bwd.backward_qkv(fused, out, lse, d_out, **options)
+        apart = bwd.backward(query, key, value, out, lse, d_out, **options)
+        return apart, bwd.backward_qkv(fused, out, lse, d_out, **options)
 
     with interpreted():
         apart, (together, _) = jax.block_until_ready(

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import mosaic_gpu_fwd
-from pallas_kernels.attention.mosaic_gpu_tuning import ForwardConfig
+from pallas_kernels.attention.hopper import fwd
+from pallas_kernels.attention.hopper.tuning import ForwardConfig
 from tests.attention import kernel_cases as cases
 from tests.support import compare
 from tests.support.mosaic_gpu_interpreter import interpreted
@@ -19,7 +19,7 @@ def run(arrays, *, config=SMALL, **options):
     traced = {n: options.pop(n) for n in list(options) if isinstance(options[n], jax.Array)}
 
     def call(arrays, traced):
-        return mosaic_gpu_fwd.forward(*arrays, config=config, **options, **traced)
+        return fwd.forward(*arrays, config=config, **options, **traced)
 
     with interpreted():
         return jax.block_until_ready(jax.jit(call)(arrays, traced))
@@ -178,7 +178,7 @@ def test_from_the_fused_buffer(group, length, is_causal):
     fused = jnp.concatenate([query.reshape(shape), key[..., None, :], value[..., None, :]], axis=3)
     options = {"config": SMALL, "scale": 0.2, "is_causal": is_causal}
     with interpreted():
-        out, lse = mosaic_gpu_fwd.forward_qkv(fused, **options)
-        expected, expected_lse = mosaic_gpu_fwd.forward(query, key, value, **options)
+        out, lse = fwd.forward_qkv(fused, **options)
+        expected, expected_lse = fwd.forward(query, key, value, **options)
     compare.assert_bitwise_equal(out, expected)
     compare.assert_bitwise_equal(lse, expected_lse)

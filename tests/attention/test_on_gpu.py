@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels.attention.mosaic_gpu_tuning import ATOMIC_HEAD_DIMS, HEAD_DIMS
+from pallas_kernels.attention.hopper.tuning import ATOMIC_HEAD_DIMS, HEAD_DIMS
 from tests.attention import kernel_cases as cases
 from tests.support import compare
 

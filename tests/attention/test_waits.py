@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import mosaic_gpu_bwd, mosaic_gpu_fwd
-from pallas_kernels.attention.mosaic_gpu_bwd import atomic, keys, queries
-from pallas_kernels.attention.mosaic_gpu_tuning import BackwardConfig, ForwardConfig
+from pallas_kernels.attention.hopper import bwd, fwd
+from pallas_kernels.attention.hopper.bwd import atomic, keys, queries
+from pallas_kernels.attention.hopper.tuning import BackwardConfig, ForwardConfig
 from tests.attention import kernel_cases as cases
 from tests.support.kernel_waits import COMPLAINT, Site, waits, without
 from tests.support.mosaic_gpu_interpreter import interpreted
@@ -21,7 +21,7 @@ def forward(site: Site) -> None:
     query, key, value, _ = cases.inputs(0, q_len=128, kv_len=310)
     ids = [jnp.zeros((1, n), jnp.int32) for n in (128, 310)]
     config = ForwardConfig(block_kv=64, overlap=site.function != "alternating_step")
-    call = lambda *arrays: mosaic_gpu_fwd.forward(
+    call = lambda *arrays: fwd.forward(
         *arrays, config=config, scale=0.1, query_segment_ids=ids[0], kv_segment_ids=ids[1]
     )
     jax.block_until_ready(jax.jit(call)(query, key, value))
@@ -43,7 +43,7 @@ def backward(site: Site) -> None:
         atomic=site.file == atomic.__file__,
         split=halves,
     )
-    call = lambda *arrays: mosaic_gpu_bwd.backward(
+    call = lambda *arrays: bwd.backward(
         *arrays, config=config, scale=0.1, query_segment_ids=ids[0], kv_segment_ids=ids[1]
     )
     jax.block_until_ready(jax.jit(call)(query, key, value, out.astype(query.dtype), lse, d_out))
@@ -51,7 +51,7 @@ def backward(site: Site) -> None:
 
 # Waits of `keys.compute_role` that only split warpgroups reach: everything above the last wait but the first.
 SPLIT = [s for s in waits(keys) if s.function == "compute_role"][1:-1]
-SITES = [site for module in (mosaic_gpu_fwd, keys, queries, atomic) for site in waits(module)]
+SITES = [site for module in (fwd, keys, queries, atomic) for site in waits(module)]
 IMPLIED = {
     # The warpgroups take turns so that one's softmax meets the other's products: for speed, it orders no memory.
     ("overlapped_step", "plgpu.barrier_wait(s.turn.at[wg])"),
@@ -68,25 +68,23 @@ IMPLIED = {
 NEEDED = [site for site in SITES if (site.function, site.call) not in IMPLIED]
 # One of each kind in every run of CI; the others take turns.
 ALWAYS = {
-    ("mosaic_gpu_fwd", "memory_role", "barrier_wait"),
-    ("mosaic_gpu_fwd", "compute_role", "commit_smem"),
-    ("mosaic_gpu_fwd", "alternating_step", "barrier_wait"),
+    ("fwd", "memory_role", "barrier_wait"),
+    ("fwd", "compute_role", "commit_smem"),
+    ("fwd", "alternating_step", "barrier_wait"),
     ("keys", "both_halves", "wgmma_wait"),
     ("atomic", "add_to", "wait_smem_to_gmem"),
 }
 
 
 def run(site: Site) -> None:
-    (forward if site.file == mosaic_gpu_fwd.__file__ else backward)(site)
+    (forward if site.file == fwd.__file__ else backward)(site)
 
 
 def rotating(site: Site):
     return pytest.param(site, marks=[] if site.kind in ALWAYS else [pytest.mark.slow], id=str(site))
 
 
-MODULES = pytest.mark.parametrize(
-    "module", [mosaic_gpu_fwd, keys, queries, atomic], ids=lambda m: m.__name__
-)
+MODULES = pytest.mark.parametrize("module", [fwd, keys, queries, atomic], ids=lambda m: m.__name__)
 
 
 def test_waits_are_found():

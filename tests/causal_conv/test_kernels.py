@@ -12,15 +12,8 @@ from flax import nnx
 from gqa_jax import GatedDeltaNet
 from gqa_jax.config import GatedDeltaNetConfig
 from gqa_jax.planner import hlo
-from pallas_kernels import (
-    _aot_conv_cases,
-    _dispatch,
-    aot,
-    causal_conv1d_qkv,
-    explain,
-    gated_delta_rule,
-)
-from pallas_kernels.causal_conv import tuning
+from pallas_kernels import _dispatch, aot, causal_conv1d_qkv, explain, gated_delta_rule
+from pallas_kernels.causal_conv import aot_cases, tuning
 from pallas_kernels.causal_conv.tuning import ROWS
 from tests.support.aot import require
 from tests.support.compare import assert_bitwise_equal, assert_close
@@ -364,7 +357,7 @@ def test_every_byte_once_and_nothing_spilled(dim, dtype, packed):
 def moved_per_token(name: str) -> float:
     """KiB per token that the program of a registered case moves at least: the convolution's inputs (and cotangents)
     once, every array that a kernel or a fusion writes, and those that others read again, once for each reader."""
-    (case,) = (c for c in _aot_conv_cases.cases() if c.name == name)
+    (case,) = (c for c in aot_cases.cases() if c.name == name)
     function, arguments = case.build()
     mesh = aot.topology("h200")
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

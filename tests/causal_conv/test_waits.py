@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.causal_conv import mosaic_gpu_bwd, mosaic_gpu_fwd, mosaic_gpu_tile
+from pallas_kernels.causal_conv.hopper import bwd, fwd, tile
 from tests.support.kernel_waits import COMPLAINT, waits, without
 
-FORWARD, BACKWARD, TILE = map(waits, (mosaic_gpu_fwd, mosaic_gpu_bwd, mosaic_gpu_tile))
+FORWARD, BACKWARD, TILE = map(waits, (fwd, bwd, tile))
 ONE_THREAD = "it gathers the four warps of a warpgroup, which in the interpreter is one thread"
 IMPLIED = {
     TILE[0]: ONE_THREAD,
@@ -28,8 +28,8 @@ def run(site) -> None:
 
     def call(mixed, weight, key):
         if site in BACKWARD:
-            return mosaic_gpu_bwd.backward(mixed, weight, (key, key, key), rows=32, **options)
-        return mosaic_gpu_fwd.forward(mixed, weight, **options)
+            return bwd.backward(mixed, weight, (key, key, key), rows=32, **options)
+        return fwd.forward(mixed, weight, **options)
 
     jax.block_until_ready(jax.jit(call)(mixed, weight, key))
 

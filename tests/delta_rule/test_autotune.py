@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import _autotune_delta, _dispatch, autotune, gated_delta_rule
-from pallas_kernels.attention import mosaic_gpu_tuning as attention_tuning
-from pallas_kernels.delta_rule import mosaic_gpu_bwd, mosaic_gpu_fwd
-from pallas_kernels.delta_rule import mosaic_gpu_tuning as tuning
-from pallas_kernels.delta_rule.mosaic_gpu_tuning import BackwardConfig, ForwardConfig, LanesConfig
+from pallas_kernels import _dispatch, autotune, gated_delta_rule
+from pallas_kernels.attention.hopper import tuning as attention_tuning
+from pallas_kernels.autotune import command, measure
+from pallas_kernels.delta_rule import autotune_cases
+from pallas_kernels.delta_rule.hopper import bwd, fwd, tuning
+from pallas_kernels.delta_rule.hopper.tuning import BackwardConfig, ForwardConfig, LanesConfig
 from tests.support import compare
 from tests.support.aot import require
 from tests.support.mosaic_gpu_interpreter import interpreted
@@ -60,10 +61,10 @@ def test_one_entry_serves_a_bucket_of_heads_and_for_lanes_of_chunks():
 
 
 def test_every_bucket_is_timed_once_and_can_be_loaded():
-    keys = [cell.key for cell in _autotune_delta.asked({}, timed=True)]
+    keys = [cell.key for cell in autotune_cases.asked({}, timed=True)]
     assert len(keys) == len(set(keys))
-    lanes = {key for key in _autotune_delta.kinds() if "/lanes/" in key}
-    assert set(keys) - lanes == set(_autotune_delta.kinds()) - lanes
+    lanes = {key for key in autotune_cases.kinds() if "/lanes/" in key}
+    assert set(keys) - lanes == set(autotune_cases.kinds()) - lanes
     # With more heads than half of the SMs there is room for one lane only.
     assert set(keys) & lanes == {key for key in lanes if "H<=132" not in key and "H>" not in key}
 
@@ -72,14 +73,12 @@ def test_every_bucket_is_timed_once_and_can_be_loaded():
 @pytest.mark.parametrize("width", tuning.HEAD_DIMS)
 def test_candidates_differ_and_are_valid(monkeypatch, width, fixed):
     monkeypatch.setattr(tuning, "FIXED_REGISTERS", fixed)
-    for cell in _autotune_delta.cells(
-        tuning.DIRECTIONS, [width], _autotune_delta.HEADS, [40, 1000]
-    ):
+    for cell in autotune_cases.cells(tuning.DIRECTIONS, [width], autotune_cases.HEADS, [40, 1000]):
         candidates = cell.candidates()
         assert candidates[0] == cell.default()
         assert 1 < len(candidates) == len(set(candidates))
         for config in candidates:
-            assert _autotune_delta.refusal(cell.key, config) is None
+            assert autotune_cases.refusal(cell.key, config) is None
         if fixed and cell.direction != "lanes":  # what is ignored is not varied
             registers = {
                 tuple(v for k, v in vars(c).items() if "registers" in k) for c in candidates
@@ -89,8 +88,8 @@ def test_candidates_differ_and_are_valid(monkeypatch, width, fixed):
 
 def test_shared_memory_is_counted_as_documented():
     """The files' headers and reasons: 222 KiB and some of the forward, 221 of the reverse chain, in three stages."""
-    forward = _autotune_delta.shared_bytes(ForwardConfig(), 128) / 1024
-    backward = _autotune_delta.shared_bytes(BackwardConfig(), 128) / 1024
+    forward = autotune_cases.shared_bytes(ForwardConfig(), 128) / 1024
+    backward = autotune_cases.shared_bytes(BackwardConfig(), 128) / 1024
     assert 222 <= forward <= 224
     assert 220 <= backward <= 222
 
@@ -98,7 +97,7 @@ def test_shared_memory_is_counted_as_documented():
 def timed(cell, candidates):
     """Results of the cell's candidates, and the outputs of each: interpreted."""
     outputs = {}
-    check = autotune._require_equal
+    check = measure._require_equal
 
     def recording(cell, config, out, expected):
         outputs[config] = out
@@ -107,7 +106,7 @@ def timed(cell, candidates):
     with (
         interpreted(),
         mock.patch.object(type(cell), "candidates", return_value=candidates),
-        mock.patch.object(autotune, "_require_equal", recording),
+        mock.patch.object(measure, "_require_equal", recording),
     ):
         results = autotune.time_cell(cell, rounds=1)
     assert {result.config for result in results} == set(candidates) == set(outputs)
@@ -118,14 +117,14 @@ def timed(cell, candidates):
 @pytest.mark.parametrize("direction, count", [("forward", 2), ("backward", 1)])
 def test_candidates_are_timed_in_turn(direction, count):
     # With 64 channels also the backward, whose own cells have 128.
-    cell = _autotune_delta.Cell(direction, 64, 1, 1)
+    cell = autotune_cases.Cell(direction, 64, 1, 1)
     outputs = timed(cell, cell.candidates()[:count])
     for out in jax.tree.leaves([*outputs.values()]):
         assert np.isfinite(out.astype(jnp.float32)).all()
 
 
 def test_operands_are_what_the_delta_rule_is_given():
-    cell = _autotune_delta.Cell("lanes", 64, 4, 5)
+    cell = autotune_cases.Cell("lanes", 64, 4, 5)
     query, key, value, g, beta, start = (np.asarray(x, np.float32) for x in cell.inputs())
     assert key.shape == query.shape == (1, 320, 2, 64)
     assert value.shape == (1, 320, 4, 64)
@@ -137,7 +136,7 @@ def test_operands_are_what_the_delta_rule_is_given():
 
 def test_the_timed_call_is_the_operators():
     """What `lanes` times gives the numbers of the public operator."""
-    cell = _autotune_delta.Cell("lanes", 64, 1, 2)
+    cell = autotune_cases.Cell("lanes", 64, 1, 2)
     outputs = timed(cell, [LanesConfig(1), LanesConfig(2)])
     query, key, value, g, beta, start = cell.inputs()
     expected = gated_delta_rule(
@@ -149,12 +148,12 @@ def test_the_timed_call_is_the_operators():
 
 
 def test_a_wrong_candidate_does_not_win():
-    cell, zeros = _autotune_delta.Cell("lanes", 64, 1, 2), np.zeros(3)
+    cell, zeros = autotune_cases.Cell("lanes", 64, 1, 2), np.zeros(3)
     small = 1e-6 * np.ones(3)
-    autotune._require_equal(cell, LanesConfig(2), (small, zeros), (small, zeros))
+    measure._require_equal(cell, LanesConfig(2), (small, zeros), (small, zeros))
     for wrong in (2 * small, zeros, np.nan * small):
         with pytest.raises(RuntimeError, match=r"LanesConfig\(lanes=2\) differs from the default"):
-            autotune._require_equal(cell, LanesConfig(2), (wrong, zeros), (small, zeros))
+            measure._require_equal(cell, LanesConfig(2), (wrong, zeros), (small, zeros))
 
 
 def test_a_file_is_used_when_asked_and_only_then(tuned):
@@ -193,9 +192,9 @@ def used(batch: int, length: int) -> set:
 
     with (
         _dispatch.targeting(_dispatch.Target("gpu", "9.0")),
-        record(mosaic_gpu_fwd, "forward", mosaic_gpu_fwd.forward),
-        record(mosaic_gpu_fwd, "final_state", mosaic_gpu_fwd.final_state),
-        record(mosaic_gpu_bwd, "backward", mosaic_gpu_bwd.backward),
+        record(fwd, "forward", fwd.forward),
+        record(fwd, "final_state", fwd.final_state),
+        record(bwd, "backward", bwd.backward),
     ):
         jax.clear_caches()  # a call traced before keeps what it was traced with
         jax.make_jaxpr(jax.grad(call))(array(1, 64), array(1, 64), array(2, 64), gate, gate)
@@ -296,21 +295,21 @@ def test_a_bad_file_is_refused_whole(tuned, key, change, message):
 )  # fmt: skip
 def test_options_that_do_not_apply(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as refusal:
-        autotune.main([str(tmp_path / "tuned.json"), *words.split()])
+        command.main([str(tmp_path / "tuned.json"), *words.split()])
     assert refusal.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_without_a_hopper_gpu_the_command_says_so(tmp_path):
     with pytest.raises(SystemExit, match=r"autotune times kernels on an H100 or H200, this is"):
-        autotune.main([str(tmp_path / "tuned.json"), "--operator", "gated_delta_rule"])
+        command.main([str(tmp_path / "tuned.json"), "--operator", "gated_delta_rule"])
 
 
 def test_by_machine_code(tmp_path, capsys):
     require()
     path = tmp_path / "facts.json"
     words = "--by-machine-code --direction forward --head-dim 64 --heads 8 --limit 2"
-    autotune.main([str(path), "--operator", "gated_delta_rule", *words.split()])
+    command.main([str(path), "--operator", "gated_delta_rule", *words.split()])
     assert FORWARD in capsys.readouterr().out
     record = json.loads(path.read_text())
     rows = record["entries"][FORWARD]["candidates"]

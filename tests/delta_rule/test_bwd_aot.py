@@ -7,14 +7,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.suites import delta_rule_floor
 from gqa_jax.planner.costs import costs
-from pallas_kernels import _aot_delta_bwd_cases, aot
-from pallas_kernels.delta_rule import mosaic_gpu_lanes_bwd
-from pallas_kernels.delta_rule.mosaic_gpu_lanes import Kept
+from pallas_kernels import aot
+from pallas_kernels.delta_rule.hopper import aot_bwd_cases, lanes_bwd
+from pallas_kernels.delta_rule.hopper.lanes import Kept
 from pallas_kernels.delta_rule.order import Order, Plan, Tokens, table_rows
 from tests.support.aot import assert_fast, require
 
-CASES = {case.name: case for case in _aot_delta_bwd_cases.cases()}
-SHAPES = {shape.label: shape for shape in _aot_delta_bwd_cases.SHAPES}
+CASES = {case.name: case for case in aot_bwd_cases.cases()}
+SHAPES = {shape.label: shape for shape in aot_bwd_cases.SHAPES}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -45,7 +45,7 @@ def test_bytes_of_a_whole_call():
     kept = Kept(inverse, tables, struct(32), struct(16, 2, 128, 128), None)
     plan = Plan(1, chunks * 64, 64, 1, chunks, 128**-0.5, True)
     compiled = aot.compile_only(
-        lambda *given: mosaic_gpu_lanes_bwd.backward(plan, Order(), *given),
+        lambda *given: lanes_bwd.backward(plan, Order(), *given),
         tokens, state, kept, wide(32), state, mesh=mesh,
     )  # fmt: skip
     moved = costs(compiled.executable.as_text(), {}, aot.rates("h200")).traffic_bytes

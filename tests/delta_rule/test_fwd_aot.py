@@ -9,10 +9,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.suites import delta_rule_floor
 from gqa_jax.planner.costs import costs
-from pallas_kernels import _aot_delta_cases, aot, gated_delta_rule
+from pallas_kernels import aot, gated_delta_rule
+from pallas_kernels.aot import command
+from pallas_kernels.delta_rule.hopper import aot_fwd_cases
 from tests.support.aot import assert_fast, require
 
-CASES = {case.name: case for case in _aot_delta_cases.cases()}
+CASES = {case.name: case for case in aot_fwd_cases.cases()}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,5 +63,5 @@ def test_bytes_of_a_whole_call():
 
 
 def test_list_names_every_case(capsys):
-    aot.main(["--list"])
+    command.main(["--list"])
     assert set(CASES) <= set(capsys.readouterr().out.split())

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import GatedDeltaRuleOutput, gated_delta_rule
-from pallas_kernels.delta_rule import mosaic_gpu_tuning
-from pallas_kernels.delta_rule.mosaic_gpu_tuning import BackwardConfig
+from pallas_kernels.delta_rule.hopper import tuning
+from pallas_kernels.delta_rule.hopper.tuning import BackwardConfig
 from tests.support import compare, delta_cases
 from tests.support.mosaic_gpu_interpreter import interpreted
 
@@ -37,7 +37,7 @@ def gradients(use_qk_l2norm, config, operands, d_out, d_final, segment_ids, cu_s
             cu_seqlens=cu_seqlens, use_qk_l2norm=use_qk_l2norm, implementation="mosaic_gpu",
         )  # fmt: skip
 
-    with mock.patch.object(mosaic_gpu_tuning, "backward_config", return_value=config):
+    with mock.patch.object(tuning, "backward_config", return_value=config):
         _, pull = jax.vjp(call, *operands)
         return pull(GatedDeltaRuleOutput(out=d_out, final_state=d_final))
 
@@ -175,5 +175,5 @@ def test_twice_and_tiled_otherwise_is_bitwise_the_same():
 
 @pytest.mark.parametrize("heads, fixed, owners", [(66, False, 1), (67, False, 2), (67, True, 1)])
 def test_few_heads_or_fixed_registers_spread_a_head_over_blocks(monkeypatch, heads, fixed, owners):
-    monkeypatch.setattr(mosaic_gpu_tuning, "FIXED_REGISTERS", fixed)
-    assert mosaic_gpu_tuning.backward_config(heads=heads) == BackwardConfig(chain_owners=owners)
+    monkeypatch.setattr(tuning, "FIXED_REGISTERS", fixed)
+    assert tuning.backward_config(heads=heads) == BackwardConfig(chain_owners=owners)

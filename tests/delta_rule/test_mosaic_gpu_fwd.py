@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import _dispatch, explain, gated_delta_rule
-from pallas_kernels.delta_rule import mosaic_gpu_fwd, mosaic_gpu_prologue, mosaic_gpu_tuning
 from pallas_kernels.delta_rule import order as orders
-from pallas_kernels.delta_rule.mosaic_gpu_tuning import ForwardConfig
+from pallas_kernels.delta_rule.hopper import fwd, prologue, tuning
+from pallas_kernels.delta_rule.hopper.tuning import ForwardConfig
 from tests.support import compare, delta_cases
 from tests.support.delta_properties import cast, check_truth
 from tests.support.mosaic_gpu_interpreter import interpreted
@@ -19,18 +19,18 @@ from tests.support.mosaic_gpu_interpreter import interpreted
 KERNEL = {"implementation": "mosaic_gpu"}
 NASTY = tuple(delta_cases.nasty_cases(0, 1))
 # The two blocks' shapes: both halves of the channels in one block, and a block for each.
-TOGETHER = mosaic_gpu_tuning.forward_config(width=128, heads=128)
+TOGETHER = tuning.forward_config(width=128, heads=128)
 SPLIT = ForwardConfig(splits=2)
 
 
 def check(case, dtype=jnp.bfloat16, *, config=None, lanes=1, **options):
-    choose = mosaic_gpu_tuning.forward_config if config is None else lambda **_: config
+    choose = tuning.forward_config if config is None else lambda **_: config
     if config is not None or lanes > 1:  # not part of what a program is cached by
         jax.clear_caches()
     with (
         interpreted(),
-        mock.patch.object(mosaic_gpu_tuning, "lanes", return_value=lanes),
-        mock.patch.object(mosaic_gpu_tuning, "forward_config", choose),
+        mock.patch.object(tuning, "lanes", return_value=lanes),
+        mock.patch.object(tuning, "forward_config", choose),
     ):
         check_truth(case, dtype, **KERNEL, **options)
     if config is not None or lanes > 1:
@@ -80,7 +80,7 @@ def test_normalises_in_the_kernels(dim, lanes, dtype):
     g, beta, state = (jnp.asarray(x, jnp.float32) for x in (case.g, case.beta, case.initial_state))
     options = {"initial_state": state, "use_qk_l2norm": True}
     jax.clear_caches()
-    with interpreted(), mock.patch.object(mosaic_gpu_tuning, "lanes", return_value=lanes):
+    with interpreted(), mock.patch.object(tuning, "lanes", return_value=lanes):
         found = gated_delta_rule(query, key, value, g, beta, **options, **KERNEL)
         found = jax.block_until_ready(found)
     jax.clear_caches()
@@ -216,7 +216,7 @@ def inverses(case, dtype):
     key = jnp.asarray(case.key, jnp.float16)
     g, beta = (jnp.asarray(x, jnp.float32) for x in (case.g, case.beta))
     gates = orders.gates(plan, orders.Order(), g, beta)
-    run = jax.jit(lambda *x: mosaic_gpu_prologue.prologue(*x, dtype=dtype).inverse)
+    run = jax.jit(lambda *x: prologue.prologue(*x, dtype=dtype).inverse)
     with interpreted():
         found = np.asarray(jax.block_until_ready(run(key, gates)), np.float64)[0, :, 0]
     key = np.asarray(key, np.float64)[0, :, 0]
@@ -282,13 +282,13 @@ def test_outputs_are_written_everywhere():
     gates = orders.gates(plan, orders.Order(), g, beta)
 
     def run(query, key, value, start):
-        inverse, tables = mosaic_gpu_prologue.prologue(key, gates)
-        config = mosaic_gpu_tuning.forward_config(width=64, heads=1)
+        inverse, tables = prologue.prologue(key, gates)
+        config = tuning.forward_config(width=64, heads=1)
         options = {"config": config, "scale": 1.0, "segments": False}
         return (
             inverse,
             tables,
-            *mosaic_gpu_fwd.forward(query, key, value, tables, inverse, start, **options),
+            *fwd.forward(query, key, value, tables, inverse, start, **options),
         )
 
     operands = (half(case.query), half(case.key), half(case.value))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.delta_rule import order
-from pallas_kernels.delta_rule.mosaic_gpu_chains import Shapes
-from pallas_kernels.delta_rule.mosaic_gpu_gradients import D_BETA, run_gradients
-from pallas_kernels.delta_rule.mosaic_gpu_tuning import CHUNK, BackwardConfig
+from pallas_kernels.delta_rule.hopper.chains import Shapes
+from pallas_kernels.delta_rule.hopper.gradients import D_BETA, run_gradients
+from pallas_kernels.delta_rule.hopper.tuning import CHUNK, BackwardConfig
 from tests.support import compare, delta_cases
 from tests.support.mosaic_gpu_interpreter import interpreted
 

@@ -10,7 +10,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels import _dispatch, aot
-from pallas_kernels.delta_rule import step_tuning, triton_step
+from pallas_kernels.delta_rule.step import triton, tuning
 from tests.support import delta_cases
 from tests.support.aot import require
 from tests.support.compare import (
@@ -22,7 +22,7 @@ from tests.support.compare import (
 )
 from tests.support.mosaic_gpu_interpreter import interpreted
 
-CONTEXTS = {"mosaic_gpu": interpreted, "triton": triton_step.interpreted}
+CONTEXTS = {"mosaic_gpu": interpreted, "triton": triton.interpreted}
 KERNELS = tuple(CONTEXTS)
 
 
@@ -152,7 +152,7 @@ def test_vmap_is_more_rows(pooled):
         axes = (0 if pooled else None, *[0] * 6)
         return jax.jit(jax.vmap(call, in_axes=axes))(slots, *stack)
 
-    with triton_step.interpreted():
+    with triton.interpreted():
         found = jax.block_until_ready(step("triton"))
     for actual, expected in zip(found, step("reference"), strict=True):
         assert_close(actual, expected, atol=1e-5) if actual is not None else None
@@ -212,7 +212,7 @@ def test_reasons_of_types(x64):
     wide = [x.astype(jnp.float64) for x in operands]
     assert "got float64" in reasons("9.0", *wide)["triton"]
     with _dispatch.targeting(_dispatch.Target("gpu", "9.0")):
-        reason = step_tuning.unsupported_reason(
+        reason = tuning.unsupported_reason(
             "triton", dtypes=[jnp.float32], state_dtype=jnp.float32, key_dim=64, value_dim=64, varying=True
         )  # fmt: skip
     assert (

@@ -8,14 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.delta_rule import (
-    mosaic_gpu_chains,
-    mosaic_gpu_fwd,
-    mosaic_gpu_gradients,
-    mosaic_gpu_prologue,
-    order,
-)
-from pallas_kernels.delta_rule.mosaic_gpu_tuning import CHUNK, BackwardConfig, ForwardConfig
+from pallas_kernels.delta_rule import order
+from pallas_kernels.delta_rule.hopper import chains, fwd
+from pallas_kernels.delta_rule.hopper import gradients as hopper_gradients
+from pallas_kernels.delta_rule.hopper import prologue as hopper_prologue
+from pallas_kernels.delta_rule.hopper.tuning import CHUNK, BackwardConfig, ForwardConfig
 from tests.support.kernel_waits import COMPLAINT, Site, waits, without
 from tests.support.mosaic_gpu_interpreter import interpreted
 
@@ -39,8 +36,8 @@ def forward(*, output: bool) -> None:
 
     def call(x, *rest):
         if output:
-            return mosaic_gpu_fwd.forward(x, x, x, *rest, scale=0.125, segments=False, **options)
-        return mosaic_gpu_fwd.final_state(x, x, *rest, **options)
+            return fwd.forward(x, x, x, *rest, scale=0.125, segments=False, **options)
+        return fwd.final_state(x, x, *rest, **options)
 
     jax.block_until_ready(jax.jit(call)(tokens, tables, inverse, start))
 
@@ -49,12 +46,12 @@ def prologue() -> None:
     """One chunk of a key head that three value heads share: the tile of the result is used again."""
     key = operand(0, 1, CHUNK, 1, 64)
     gate, segment = jnp.zeros((1, 3, 1, CHUNK)), jnp.zeros((1, 1, CHUNK))
-    call = lambda *arrays: mosaic_gpu_prologue.prologue(*arrays, use_qk_l2norm=True)
+    call = lambda *arrays: hopper_prologue.prologue(*arrays, use_qk_l2norm=True)
     jax.block_until_ready(jax.jit(call)(key, order.Gates(gate, gate, segment)))
 
 
-def shapes(chunks: int, value_heads: int, value_dim: int) -> mosaic_gpu_chains.Shapes:
-    return mosaic_gpu_chains.Shapes(
+def shapes(chunks: int, value_heads: int, value_dim: int) -> chains.Shapes:
+    return chains.Shapes(
         1, chunks, 1, value_heads, 64, value_dim, jnp.float16, jnp.float16, True, 0.125, False, BackwardConfig(),
     )  # fmt: skip
 
@@ -72,7 +69,7 @@ def chain(*, backwards: bool) -> None:
         "spans": jnp.asarray([[0, 0, CHUNKS]], jnp.int32),
         "units": jnp.ones((3, 1, 1)),
     }
-    call = functools.partial(mosaic_gpu_chains.run_chain, shapes(CHUNKS, 1, 64), "chain")
+    call = functools.partial(chains.run_chain, shapes(CHUNKS, 1, 64), "chain")
     jax.block_until_ready(jax.jit(call)(arrays))
 
 
@@ -91,13 +88,12 @@ def gradients() -> None:
         "states": states,
         "d_states": states,
     }
-    call = functools.partial(mosaic_gpu_gradients.run_gradients, shapes(1, 2, 128))
+    call = functools.partial(hopper_gradients.run_gradients, shapes(1, 2, 128))
     jax.block_until_ready(jax.jit(call)(arrays))
 
 
 FORWARD, PROLOGUE, CHAIN, GRADIENTS = (
-    waits(module)
-    for module in (mosaic_gpu_fwd, mosaic_gpu_prologue, mosaic_gpu_chains, mosaic_gpu_gradients)
+    waits(module) for module in (fwd, hopper_prologue, chains, hopper_gradients)
 )
 
 

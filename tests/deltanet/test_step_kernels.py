@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels as pk
-from pallas_kernels import _aot_delta_step_cases, _dispatch, aot
-from pallas_kernels.delta_rule import triton_step
+from pallas_kernels import _dispatch, aot
+from pallas_kernels.delta_rule.step import aot_cases, triton
 from tests.support.aot import require
 from tests.support.compare import (
     DELTA_RULE_TOLERANCES,
@@ -22,7 +22,7 @@ from tests.support.compare import (
 from tests.support.deltanet_cases import nasty_case, random_case, truth
 from tests.support.mosaic_gpu_interpreter import interpreted
 
-CONTEXTS = {"mosaic_gpu": interpreted, "triton": triton_step.interpreted}
+CONTEXTS = {"mosaic_gpu": interpreted, "triton": triton.interpreted}
 KERNELS = tuple(CONTEXTS)
 FLOAT32 = ("state", "A_log", "dt_bias")
 
@@ -170,7 +170,7 @@ def test_vmap_is_more_rows(batched_weights):
 
         return jax.jit(jax.vmap(call, in_axes=(axes, 0)))(stack, slots)
 
-    with triton_step.interpreted():
+    with triton.interpreted():
         found = jax.block_until_ready(step("triton"))
     for actual, expected in zip(found[:3], step("reference")[:3], strict=True):
         assert_close(actual, expected, atol=1e-5)
@@ -361,7 +361,7 @@ def test_one_launch_where_the_operators_apart_need_several():
     assert len(launches(apart, *arguments, donated=(1, 2))) >= 4
 
 
-REGISTERED = {case.name: case for case in _aot_delta_step_cases.cases()}
+REGISTERED = {case.name: case for case in aot_cases.kernel_cases()}
 
 
 @pytest.mark.parametrize(
