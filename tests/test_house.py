@@ -1,210 +1,157 @@
-"""The dependency law of the house (docs/DESIGN.md), read from the source text: imports nothing, needs no GPU."""
+"""The law of the house (docs/DESIGN.md), read from the source text: imports nothing, needs no GPU.
+
+Each test lists every breach of one rule. Files are read and parsed once.
+"""
 
 import ast
+import functools
 import pathlib
 import re
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-MAY_NAME = {  # room -> roots its files may import, besides the standard library
-    "pallas_kernels": {"jax", "numpy", "jaxtyping", "pallas_kernels"},
-    "gqa_jax": {
-        "jax",
-        "numpy",
-        "jaxtyping",
-        "flax",
-        "pallas_kernels",
-        "gqa_jax",
-        "optax",
-        "orbax",
-        "safetensors",
-        "tqdm",
-        "matplotlib",
-    },
-    "interop": {
-        "jax",
-        "numpy",
-        "jaxtyping",
-        "flax",
-        "torch",
-        "transformers",
-        "pallas_kernels",
-        "gqa_jax",
-        "interop",
-    },
+
+
+def words(text: str) -> set[str]:
+    return set(text.split())
+
+
+PACKAGES = {  # package -> what its files may import, besides the standard library
+    "pallas_kernels": words("jax numpy jaxtyping pallas_kernels"),
+    "gqa_jax": words(
+        "jax numpy jaxtyping flax optax orbax safetensors tqdm matplotlib pallas_kernels gqa_jax"
+    ),
+    "interop": words("jax numpy jaxtyping flax torch transformers pallas_kernels gqa_jax interop"),
 }
-# Files that may name a root that their room may not, with the reason.
-EXCEPTIONS = {
-    "gqa_jax/demo/run.py": {"interop"},  # the demo shows the bridge when torch is installed
+EXCEPTIONS = {  # (file, import) -> why
+    ("gqa_jax/demo/run.py", "interop"): "the demo shows the bridge where torch is installed",
 }
-# Operators that are made of others, with the reason; no other operator imports another one.
-COMPOSED = {
-    # A decode step of the whole layer: its reference is the composition of both, and its kernels are the delta rule's
-    # walk over the state, which exists once, fed by a convolution.
+ROOT_FILES = {  # what a package keeps outside its rooms
+    "pallas_kernels": words(
+        "__init__ explain _checks _dispatch _inert _l2norm _mosaic_gpu _sharding"
+    ),
+    "gqa_jax": words("__init__ __main__ config config_checks"),
+}
+# Inside an operator a file or room imports only what stands on a line before its own.
+RANKS = [
+    words("algebra"),
+    words("order tuning hopper.tuning step.tuning"),
+    words("reference blockwise chunked channelwise cudnn hopper mosaic_gpu triton"),
+    words("step vjp"),
+    words("api"),
+    words("aot_cases"),
+    words("autotune_cases"),
+]
+COMPOSED = {  # operator -> operators that it may import; no other does
+    # A decode step of the whole layer: its kernels are the delta rule's walk over the state, fed by a convolution.
     "deltanet": {"causal_conv", "delta_rule"},
 }
-SIBLINGS = {  # inside one operator: file or room -> what it may import of the others
-    "api": {
-        "reference",
-        "blockwise",
-        "chunked",
-        "cudnn",
-        "vjp",
-        "step",
-        "step.tuning",
-        "tuning",
-        "hopper.tuning",
-        "algebra",
-        "order",
-    },
-    "vjp": {
-        "hopper",
-        "hopper.tuning",
-        "blockwise",
-        "chunked",
-        "channelwise",
-        "reference",
-        "tuning",
-        "algebra",
-        "order",
-    },
-    "step": {"mosaic_gpu", "triton", "reference", "tuning", "algebra"},
-    "hopper": {"hopper.tuning", "tuning", "algebra", "order"},
-    "mosaic_gpu": {"algebra"},
-    "triton": {"algebra"},
-    "reference": {"algebra"},
-    "blockwise": {"algebra", "tuning"},
-    "chunked": {"algebra", "order", "tuning"},
-    "channelwise": {"algebra", "order"},
-    "cudnn": {"algebra"},
-    "tuning": set(),
-    "algebra": set(),
-    "order": {"algebra"},
-}
-TOOL_CASES = re.compile(
-    r"^(aot|autotune)_(\w+_)?cases$"
-)  # what the tools compile and time: may name all of its operator
 TOOLS = {"aot", "autotune"}
-PALLAS = {"hopper", "mosaic_gpu", "triton", "_mosaic_gpu"}  # files and rooms that may name Pallas
-ROOT_FILES = {  # of pallas_kernels; everything else is an operator's or a tool's
-    "__init__",
-    "explain",
-    "_checks",
-    "_dispatch",
-    "_inert",
-    "_l2norm",
-    "_mosaic_gpu",
-    "_sharding",
-}
-LINES = {"fwd": 600}
-# path -> budget; each has its reason in docs/DESIGN.md, "Budgets exceeded".
-OVER_BUDGET: dict[str, int] = {
-    "pallas_kernels/attention/api.py": 480,
-    "gqa_jax/parallel/sharding.py": 440,
-}
-AXIS_POLICY = "gqa_jax/parallel/"
-
-FILES = sorted(path for room in MAY_NAME for path in (ROOT / room).rglob("*.py"))
-# Who may ask JAX which machine this is; the loader travels with an artefact, without this source.
-MACHINE = ("pallas_kernels/_dispatch.py", "interop/artefact_loader.py")
-NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+KERNELS = {"hopper", "mosaic_gpu", "triton", "_mosaic_gpu"}  # files and rooms that name Pallas
+# Who asks JAX which machine this is; the loader travels with an artefact, without this source.
+MACHINE = {"pallas_kernels/_dispatch.py", "interop/artefact_loader.py"}
+# How often each stands in the packages. These only fall.
+RATCHETS = {"# fmt: skip": 126, r"\bAny\b": 894}
 
 
-def imported_names(source: str):
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+@functools.cache
+def sources() -> dict[str, str]:
+    paths = (path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    return {str(path.relative_to(ROOT)): path.read_text() for path in sorted(paths)}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_imports_stay_inside_the_law(name):
-    path = ROOT / name
-    room, *inner = path.relative_to(ROOT).with_suffix("").parts
-    names = set(imported_names(path.read_text()))
-    stem = inner[-1]
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """File -> the dotted names that it imports."""
 
-    allowed = set(sys.stdlib_module_names) | MAY_NAME[room] | EXCEPTIONS.get(name, set())
-    strangers = {n.split(".")[0] for n in names} - allowed
-    assert not strangers, f"{room} may not import {sorted(strangers)}"
+    def names(source: str) -> Iterator[str]:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
-    if not PALLAS & set(inner):
-        pallas = {n for n in names if "experimental.pallas" in n}
-        assert not pallas, f"only {sorted(PALLAS)} may import {sorted(pallas)}"
-
-    if room in ("gqa_jax", "interop"):
-        deep = {n for n in names if n.startswith("pallas_kernels.") and n.count(".") > 1}
-        assert not deep, f"{room} uses public kernel names, not {sorted(deep)}"
-
-    tool = bool(TOOL_CASES.match(stem))
-    if room == "pallas_kernels" and len(inner) >= 2 and inner[0] not in TOOLS:
-        own = f"pallas_kernels.{inner[0]}."
-        role = inner[1]
-        parts = [n.removeprefix(own).split(".") for n in names if n.startswith(own)]
-        siblings = {".".join(p[:2]) if p[1:2] == ["tuning"] else p[0] for p in parts}
-        siblings -= {role, f"{role}.tuning"}
-        assert stem == "__init__" or tool or siblings <= SIBLINGS.get(role, set()), (
-            f"{role} may not import {sorted(siblings - SIBLINGS.get(role, set()))}"
-        )
-        other = {n.split(".")[1] for n in names if n.startswith("pallas_kernels.")}
-        other -= {inner[0], *COMPOSED.get(inner[0], set()), *(TOOLS if tool else ())}
-        other = {n for n in other if not n.startswith("_")}
-        assert not other, f"an operator may not import another one: {sorted(other)}"
+    return {name: set(names(source)) for name, source in sources().items()}
 
 
-def test_the_root_of_pallas_kernels_holds_what_operators_share():
-    assert {p.stem for p in (ROOT / "pallas_kernels").glob("*.py")} == ROOT_FILES
+def rooms(name: str) -> list[str]:
+    """`gqa_jax/layers/mlp.py` -> `["gqa_jax", "layers", "mlp"]`."""
+    return list(pathlib.PurePath(name).with_suffix("").parts)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_length_budget(name):
-    path = ROOT / name
-    budget = OVER_BUDGET.get(name, LINES.get(path.stem, 400))
-    lines = len(path.read_text().splitlines())
-    assert lines <= budget, f"{lines} lines, over its budget of {budget}"
+def test_packages_import_downwards():
+    for name, imported in imports().items():
+        allowed = set(sys.stdlib_module_names) | PACKAGES[rooms(name)[0]]
+        allowed |= {to for file, to in EXCEPTIONS if file == name}
+        unexpected = {to.split(".")[0] for to in imported} - allowed
+        assert not unexpected, f"{name} may not import {sorted(unexpected)}"
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in NAMES if n.startswith("gqa_jax/") and not n.startswith(AXIS_POLICY)]
-)
-def test_mesh_axes_are_named_in_one_room(name):
-    source = (ROOT / name).read_text()
-    assert not re.search(r"\bPartitionSpec\b", source), "PartitionSpecs belong in gqa_jax/parallel/"
+def test_only_kernel_files_name_pallas():
+    for name, imported in imports().items():
+        pallas = {to for to in imported if "experimental.pallas" in to}
+        assert not pallas or KERNELS & set(rooms(name)), f"{name} may not import {sorted(pallas)}"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_one_place_asks_which_machine_a_program_is_for(name):
-    asked = re.search(r"\bdefault_backend\(|\bjax_default_device\b", (ROOT / name).read_text())
-    assert not asked or name in MACHINE, "ask pallas_kernels._dispatch.target()"
+def test_other_packages_use_public_names_of_the_operators():
+    for name, imported in imports().items():
+        deep = {to for to in imported if to.startswith("pallas_kernels.") and to.count(".") > 1}
+        assert not deep or name.startswith("pallas_kernels"), f"{name} imports {sorted(deep)}"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_no_drawer_names(name):
-    stem = pathlib.Path(name).stem
-    assert stem not in {"utils", "common", "base", "helpers", "misc"}
-    assert not re.search(r"_(v\d+|new|wip|fast|utils)$", stem)
+def test_an_operator_imports_what_ranks_below():
+    def rank(part: str) -> int:
+        part = re.sub(r"_\w+_cases", "_cases", part)  # aot_fwd_cases
+        return next(i for i, parts in enumerate(RANKS) if part in parts)
+
+    for name, imported in imports().items():
+        package, operator, *inner = rooms(name)
+        if package != "pallas_kernels" or operator in TOOLS or inner in ([], ["__init__"]):
+            continue
+        role = "hopper" if KERNELS & set(inner) else inner[0]
+        own = rank(inner[-1] if inner[-1].endswith("_cases") else role)
+        for to in imported:
+            top, *path = to.split(".")
+            if top == package and path and path[0] not in TOOLS and path[0][0] != "_":
+                other, *parts = path
+                allowed = {operator} | COMPOSED.get(operator, set())
+                assert other in allowed, f"{name}: an operator may not import another one, {to}"
+                if other == operator and parts and parts[0] != inner[0]:
+                    part = ".".join(parts[:2]) if parts[1:2] == ["tuning"] else parts[0]
+                    assert rank(part) < own, f"{name} may not import {to}"
 
 
-def test_every_operator_file_has_a_known_role():
-    rooms = [
-        p for p in (ROOT / "pallas_kernels").iterdir() if p.is_dir() and (p / "api.py").exists()
-    ]
-    assert rooms
-    for room in rooms:
-        roles = {
-            p.stem
-            for p in room.iterdir()
-            if p.suffix == ".py" or (p.is_dir() and p.name != "__pycache__")
-        }
-        unknown = {r for r in roles - {"__init__"} - set(SIBLINGS) if not TOOL_CASES.match(r)}
-        assert not unknown, f"{room.name}: {sorted(unknown)}"
+def test_one_place_asks_which_machine_a_program_is_for():
+    for name, source in sources().items():
+        asks = re.search(r"\bdefault_backend\(|\bjax_default_device\b", source)
+        assert not asks or name in MACHINE, f"{name} must ask pallas_kernels._dispatch.target()"
 
 
-@pytest.mark.parametrize("package", ["pallas_kernels", "gqa_jax"])
+def test_mesh_axes_are_named_in_one_room():
+    for name, source in sources().items():
+        if rooms(name)[0] == "gqa_jax" and rooms(name)[1] != "parallel":
+            assert not re.search(r"\bPartitionSpec\b", source), f"{name} names a PartitionSpec"
+
+
+def test_a_file_stands_in_a_room_and_says_what_it_is():
+    for name in sources():
+        package, *inner = rooms(name)
+        assert inner[1:] or inner[0] in ROOT_FILES.get(package, inner), f"{name} is in no room"
+        assert inner[-1] not in {"utils", "common", "base", "helpers", "misc"}, name
+        assert not re.search(r"_(v\d+|new|wip|fast|utils)$", inner[-1]), name
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_module_is_hidden_by_a_name_that_its_package_exports(package):
-    exported = set(re.findall(r" as (\w+)", (ROOT / package / "__init__.py").read_text()))
+    exported = set(re.findall(r" as (\w+)", sources()[f"{package}/__init__.py"]))
     modules = {path.stem for path in (ROOT / package).iterdir()}
-    assert exported & modules <= {"explain"}, "a module that no one can import by its name"
+    assert not exported & modules - {"explain"}
+
+
+@pytest.mark.parametrize("pattern", RATCHETS)
+def test_what_should_be_rare_becomes_rarer(pattern):
+    found = sum(len(re.findall(pattern, source)) for source in sources().values())
+    assert found <= RATCHETS[pattern]
