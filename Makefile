@@ -49,7 +49,7 @@ test-all: $(VENV)/.ready
 mutants: $(VENV)/.ready
 	$(RUN) -m tests.mutants
 
-# Peers' own test files against this library, from checkouts in $(PEERS)/jax, $(PEERS)/torchtune, $(PEERS)/fla.
+# Peers' own test files against this library, from checkouts in $(PEERS)/jax, $(PEERS)/fla, ...: tests/peers/__main__.py.
 peers: $(VENV)/.ready
 	$(RUN) -m tests.peers $(PEERS)
 

@@ -1,9 +1,9 @@
 """Peers' own test files, run with our implementation in place of theirs.
 
-    make peers PEERS=folder     folder/jax, folder/torchtune, folder/fla: checkouts of the peers' sources
+    make peers PEERS=folder     folder/jax, folder/torchtune, ... (the names in `PEERS`): checkouts of their sources
     python -m tests.peers folder fla -- -k varlen
 
-None of their files is in this project. A peer whose folder or package is missing is skipped with the reason. Every
+None of their files is in this project; for PEFT, which has no tests to replace anything in, `peft_peer.py` compares. A peer whose folder or package is missing is skipped with the reason. Every
 failure that is left has its reason in `PEERS`; any other makes the command exit with 1.
 """
 
@@ -27,11 +27,13 @@ class Peer(NamedTuple):
       needs: packages that its tests import.
       tests: pytest arguments, relative to the checkout.
       left: pattern of a test's name -> why it fails here.
+      checkout: whether the tests come with the peer's sources; else they are ours.
     """
 
     needs: tuple[str, ...]
     tests: tuple[str, ...]
     left: dict[str, str]
+    checkout: bool = True
 
 
 KERNEL = "tests one of their kernels by its own name, not the operator"
@@ -68,12 +70,46 @@ PEERS = {
             "invalid_chunk_size": "tests their error message",
         },
     ),
+    "transformers": Peer(
+        ("parameterized", "accelerate"),
+        (
+            *(
+                f"tests/models/{model}/test_modeling_{model}.py"
+                for model in ("llama", "gemma2", "gpt_oss", "qwen3_next", "qwen3_5")
+            ),
+            "-k",
+            "not fsdp",
+        ),
+        {
+            "retain_grad": "our output is not computed from the attention weights: they get no gradient",
+            "continued_forward": "padding among tokens that continue a cache is refused in linear attention",
+            "custom_4d": "positions that start again beside a cache are refused in linear attention",
+        },
+    ),
+    "peft": Peer(("peft", "transformers"), ("peft_peer.py",), {}, checkout=False),
+    "automodel": Peer(
+        ("transformers",),
+        (
+            "tests/unit_tests/models/common/test_combined_projection_state_dict_adapter.py",
+            "tests/unit_tests/models/llama",
+            "tests/unit_tests/models/qwen2",
+            "-k",
+            "combined_projection_state or from_hf",
+        ),
+        {},
+    ),
+    "megatron": Peer(
+        ("packaging",),
+        ("tests/unit_tests/transformer/test_attention.py", "-k", "ClipQK", "--noconftest"),
+        {},
+    ),
 }
 
 
 def run(name: str, folder: pathlib.Path, extra: list[str]) -> bool:
     """Runs one peer's tests and prints what came of them; whether nothing unexpected failed."""
     peer = PEERS[name]
+    folder = folder if peer.checkout else HERE
     missing = [package for package in peer.needs if importlib.util.find_spec(package) is None]
     if not folder.is_dir() or missing:
         print(f"{name}: skipped, {f'needs {missing}' if missing else f'no folder {folder}'}")
