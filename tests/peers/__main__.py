@@ -3,8 +3,9 @@
     make peers PEERS=folder     folder/jax, folder/torchtune, ... (the names in `PEERS`): checkouts of their sources
     python -m tests.peers folder fla -- -k varlen
 
-None of their files is in this project; for PEFT, which has no tests to replace anything in, `peft_peer.py` compares. A peer whose folder or package is missing is skipped with the reason. Every
-failure that is left has its reason in `PEERS`; any other makes the command exit with 1.
+None of their files is in this project (PEFT has no tests to put ours into: `peft_peer.py` compares with it). A peer
+whose folder or package is missing is skipped with the reason. Every failure that is left has its reason in `PEERS`;
+any other makes the command exit with 1.
 """
 
 import importlib.util
