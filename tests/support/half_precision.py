@@ -1,5 +1,6 @@
 """A 16-bit call against the same call in float32."""
 
+import functools
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ def sweep(**choices) -> list:
     return meshes.mostly_slow(cases, name)
 
 
-def check(function, operands: tuple[Any, ...], dtype, *, gradients: bool = True) -> None:
+def check(
+    function, operands: tuple[Any, ...], dtype, *, gradients: bool = True, truth: Any = None
+) -> None:
     """Outputs and gradients of `function(*operands)` under `jit` in `dtype` against float32, element by element.
 
     Both see the same numbers. A few roundings on the way, and those that a sum of several rounded terms collects: 16
@@ -29,10 +32,11 @@ def check(function, operands: tuple[Any, ...], dtype, *, gradients: bool = True)
       operands: arrays and pytrees of them (a layer). NumPy's are rounded to `dtype`, JAX's stay what they are.
       dtype: float16 or bfloat16.
       gradients: False for what serves only.
+      truth: the function to run in float32; None means the same.
     """
 
-    @jax.jit
-    def run(operands):
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(function, operands):
         call = lambda *given: jax.tree.leaves(function(*given))
         if not gradients:
             return call(*operands), ()
@@ -43,7 +47,8 @@ def check(function, operands: tuple[Any, ...], dtype, *, gradients: bool = True)
     narrow = jax.tree.map(
         lambda x: jnp.asarray(x).astype(dtype) if isinstance(x, np.ndarray) else x, operands
     )
-    actual, expected = run(narrow), run(jax.tree.map(lambda x: x.astype(jnp.float32), narrow))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+    actual, expected = run(function, narrow), run(truth or function, wide)
     assert actual[0][0].dtype == dtype
     paths = jax.tree_util.tree_leaves_with_path(actual)
     for (path, got), wanted in zip(paths, jax.tree.leaves(expected), strict=True):
