@@ -44,7 +44,8 @@ class SelfAttention(dropout.Switched):
       q_norm, k_norm: scale `[D]`, or None.
       sinks: `[K, R]` learnable logits, or None.
       deterministic: False drops attention weights; `train()` and `eval()` set it, a call's own argument goes before.
-      rngs: the stream "dropout" of the constructor's `rngs`, if `config.dropout_rate` is not 0; or None.
+      rngs: a fork of the stream "dropout" (or the default one) of the constructor's `rngs`, if `config.dropout_rate`
+        is not 0; or None.
     """
 
     def __init__(
@@ -66,7 +67,8 @@ class SelfAttention(dropout.Switched):
 
         Args:
           config: sizes and switches.
-          rngs: the `params` stream initialises the kernels; a `dropout` stream given by name is kept for calls.
+          rngs: the `params` stream initialises the kernels; with dropout, a fork of the `dropout` stream is kept for
+            calls. The default stream stands in for both.
           dtype: dtype of the computation; None takes what inputs and parameters promote to.
           param_dtype: dtype of the parameters.
           axes: names of the mesh axes that calls run on; None for one device.
@@ -74,7 +76,7 @@ class SelfAttention(dropout.Switched):
           qkv: an NNX module or callable in place of ours, `[B, T, M] -> [B, T, K, R + 2 (or 2R + 2), D]`.
           out: the same, `[B, T, K, R, D] -> [B, T, M]`.
           q_norm, k_norm: the same, `[B, T, heads, D] -> [B, T, heads, D]`, applied where the config says.
-          keep_rngs: False keeps no stream.
+          keep_rngs: False keeps no stream, so that `jax.grad` accepts the whole module.
 
         Raises:
           ValueError: one norm without the other, norms while `config.qk_norm` is "none", or one of `axes.seq` and

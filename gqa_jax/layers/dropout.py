@@ -26,13 +26,17 @@ class Switched(nnx.Module):
 
 
 def kept_stream(rngs: nnx.Rngs, rate: float, *, keep: bool = True) -> Any:
-    """What a module keeps of its constructor's `rngs`: a fork of the stream named "dropout", if it drops at all.
+    """What a module keeps of its constructor's `rngs`, as `nnx.Dropout` does: a fork of the stream "dropout".
 
-    The default stream is not taken: a kept stream adds integers to the module's leaves, which `jax.grad` with respect
-    to a whole module refuses, so a caller asks for it by name (`nnx.Rngs(0, dropout=1)`).
+    The default stream stands in where no stream has that name. None where the module cannot drop, `keep` is False, or
+    `rngs` has neither stream.
+
+    A stream adds a key and a count to the module's leaves. `nnx.grad` and `jax.grad` with respect to the parameters of
+    `nnx.split(module, nnx.Param, ...)` do not mind; `jax.grad` with respect to the whole module refuses both types, as
+    it does for Flax's own layers: keep none there, and give each call `dropout_key` or `rngs`.
     """
-    asked = keep and rate > 0.0 and "dropout" in vars(rngs)
-    return nnx.data(rngs.dropout.fork() if asked else None)
+    available = "dropout" in rngs or "default" in rngs
+    return nnx.data(rngs.dropout.fork() if keep and rate > 0.0 and available else None)
 
 
 def key_of_call(
@@ -65,8 +69,9 @@ def key_of_call(
     source = stream if rngs is None else rngs
     if source is None:
         raise ValueError(
-            f"`dropout_key` must be given when deterministic=False and dropout_rate={rate}, or `rngs`: to the call, or "
-            'with a stream "dropout" when the module is made (`nnx.Rngs(0, dropout=1)`)'
+            f"`dropout_key` must be given when deterministic=False and dropout_rate={rate}, or `rngs`: this module "
+            "keeps no stream (made with keep_rngs=False, from `rngs` without dropout or default, or loaded from "
+            "files); its attribute `rngs` can be set to one (`nnx.Rngs(0).default`)"
         )
     if isinstance(source, nnx.Rngs):
         return source.dropout()

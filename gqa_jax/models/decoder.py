@@ -61,7 +61,7 @@ class Decoder(nnx.Module):
         parameters stacked over the repeats on a leading axis (layer r * pattern + i is row r of `layers[i]`).
       norm: scale `[M]`.
       lm_head: kernel `[M, V]`, or None where embeddings are tied.
-      rngs: the stream "dropout", as in `SelfAttention`; the layers have none.
+      rngs: the stream for dropout, as in `SelfAttention`, or None; the layers have none.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,12 +87,13 @@ class Decoder(nnx.Module):
         logits_dtype=None,
         axes: MeshAxes | None = None,
         context_parallel: ContextParallel | None = None,
+        keep_rngs: bool = True,
     ):
         """Builds the decoder.
 
         Args:
           config: sizes and switches.
-          rngs: the `params` stream initialises the parameters; a `dropout` stream given by name is kept for calls.
+          rngs, keep_rngs: as for `SelfAttention`.
           dtype: dtype of the computation; None means that of the parameters.
           param_dtype: dtype of the parameters (decay parameters of Gated DeltaNet are always float32).
           axes: names of the mesh axes that calls run on; None for one device.
@@ -144,7 +145,7 @@ class Decoder(nnx.Module):
             None if tied else Projection((config.model_dim,), (config.vocab_size,), **common)
         )
         rate = 0.0 if config.attention is None else config.attention.dropout_rate
-        self.rngs = dropout.kept_stream(rngs, rate)
+        self.rngs = dropout.kept_stream(rngs, rate, keep=keep_rngs)
 
     def __call__(
         self,

@@ -1,5 +1,6 @@
 """Operations that no program can avoid, from the config alone."""
 
+import functools
 import math
 
 import jax
@@ -47,7 +48,8 @@ def _visible(length: int, window: int | None, decode: bool) -> int:
 
 def _flops_per_token(config: DecoderConfig) -> float:
     """2 per parameter that a token is multiplied with."""
-    decoder = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), param_dtype=jnp.float32))
+    make = functools.partial(Decoder, config, param_dtype=jnp.float32, keep_rngs=False)
+    decoder = jax.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
     total = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(decoder):
         name, size = sharding.path_name(path), math.prod(leaf.shape)

@@ -108,7 +108,8 @@ def decoding(
 
 
 def _decoder(config: DecoderConfig, dtype: Any, param_dtype: Any, options: dict) -> Decoder:
-    return Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, **options)
+    options = options | dict(dtype=dtype, param_dtype=param_dtype, keep_rngs=False)
+    return Decoder(config, rngs=nnx.Rngs(0), **options)
 
 
 def _placed(tree: Any, mesh: jax.sharding.Mesh, axes: MeshAxes) -> Any:

@@ -176,7 +176,8 @@ def train_step(
         first token of a segment from the one before it.
       update_scale: `[]`, multiplies the update: a schedule that is driven from outside.
       load_balancing: weight of `moe.load_balancing_loss`.
-      dropout_key: None for none; folded with the step.
+      dropout_key: folded with the step. None follows the decoder: one switched by `train()` drops by its own stream,
+        whose count the new state has.
 
     Returns:
       `TrainOutput(state, loss, gradient_norm)`.
@@ -225,9 +226,10 @@ def _train_step(
     load_balancing: float,
     dropout_key: Array | None,
 ) -> TrainOutput:
-    options: dict[str, Any] = dict(deterministic=dropout_key is None)
+    options: dict[str, Any] = {}
     if dropout_key is not None:
-        options["dropout_key"] = jax.random.fold_in(dropout_key, state.step)
+        key = jax.random.fold_in(dropout_key, state.step)
+        options |= dict(deterministic=False, dropout_key=key)
     real = None
     if targets is not None:
         real = None if segment_ids is None else segment_ids >= 0
@@ -245,22 +247,24 @@ def _train_step(
         tokens, targets = tokens[:, :-1], tokens[:, 1:]
 
     def objective(params):
-        decoder = nnx.merge(state.graphdef, params, state.rest)
+        decoder = nnx.merge(state.graphdef, params, state.rest, copy=True)
         loss_of = functools.partial(next_token_loss, targets=targets, real=real, axes=decoder.axes)
         if load_balancing == 0.0:
-            loss = loss_of(decoder(tokens, **options))
-            return loss, loss
-        logits, router = decoder.with_router_statistics(tokens, **options)
-        loss = loss_of(logits)
-        return loss + load_balancing * load_balancing_loss(router), loss
+            loss = total = loss_of(decoder(tokens, **options))
+        else:
+            logits, router = decoder.with_router_statistics(tokens, **options)
+            loss = loss_of(logits)
+            total = loss + load_balancing * load_balancing_loss(router)
+        return total, (loss, nnx.split(decoder, nnx.Param, ...)[2])
 
-    gradients, loss = jax.grad(objective, has_aux=True)(state.params)
+    gradients, (loss, rest) = jax.grad(objective, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     if update_scale is not None:
         updates = jax.tree.map(lambda update: update * update_scale.astype(update.dtype), updates)
     advanced = dataclasses.replace(
         state,
         params=optax.apply_updates(state.params, updates),
+        rest=rest,
         opt_state=opt_state,
         step=state.step + 1,
     )

@@ -113,7 +113,9 @@ def _attend(config: gqa_jax.AttentionConfig) -> Callable:
         dropout_seed=None,
     ):  # fmt: skip
         query, key, value = by_group(config, inputs)
-        layer = nnx.eval_shape(lambda: gqa_jax.CrossAttention(config, rngs=nnx.Rngs(0)))
+        layer = nnx.eval_shape(
+            lambda: gqa_jax.CrossAttention(config, rngs=nnx.Rngs(0), keep_rngs=False)
+        )
         layer.q = lambda x: query
         layer.kv = lambda memory: jnp.concatenate((key, value), axis=3)
         layer.out = lambda heads: heads.reshape(*query.shape[:2], -1)

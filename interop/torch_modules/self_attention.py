@@ -237,7 +237,7 @@ def give_weights(layer: Any, config: gqa_jax.AttentionConfig, inputs: dict) -> N
 
 def _abstract(config: gqa_jax.AttentionConfig) -> gqa_jax.SelfAttention:
     """The JAX layer without values."""
-    return nnx.eval_shape(lambda: gqa_jax.SelfAttention(config, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: gqa_jax.SelfAttention(config, rngs=nnx.Rngs(0), keep_rngs=False))
 
 
 def _layer(

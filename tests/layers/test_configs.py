@@ -102,7 +102,7 @@ def test_a_decoder_config_that_exists_runs(seed):
     dtype = pick(rng, None, jnp.bfloat16, jnp.float16)
 
     def run(ids):
-        decoder = Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
+        decoder = Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, keep_rngs=False)
         segment_ids = jnp.asarray([[0, 0, -1, 1, 1], [0, -1, -1, 0, 0]])
         drop = dict(deterministic=False, dropout_key=jax.random.key(0))
         logits, gradient = jax.value_and_grad(

@@ -190,7 +190,7 @@ def test_low_precision_and_injected_parts():
 
 
 def test_dropout_needs_a_key_and_reproduces_from_it():
-    layer = build(dataclasses.replace(BASE, dropout_rate=0.5))
+    layer = build(dataclasses.replace(BASE, dropout_rate=0.5), keep_rngs=False)
     x, memory = draw(0, 2, 5, 24), draw(1, 2, 7, 24)
     with pytest.raises(ValueError, match="`dropout_key` must be given when deterministic=False"):
         layer(x, memory, deterministic=False)

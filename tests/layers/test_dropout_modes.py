@@ -5,12 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from gqa_jax import AttentionConfig, CrossAttention, Decoder, SelfAttention
 from gqa_jax.parallel.context import ContextParallel, to_layout
 from gqa_jax.parallel.sharding import MeshAxes, shard_parameters
+from gqa_jax.train.step import TrainState, train_step
 from tests.support.compare import assert_bitwise_equal, assert_close
 from tests.support.meshes import mesh
 from tests.support.random_layers import draw
@@ -25,11 +27,12 @@ X = draw(0, 1, 7, 16)
 
 
 def build(kind, rngs, **way):
+    keep = dict(keep_rngs=way.pop("keep_rngs", True))
     if kind == "self":
-        return SelfAttention(CONFIG, rngs=rngs)
+        return SelfAttention(CONFIG, rngs=rngs, **keep)
     if kind == "cross":
-        return CrossAttention(dataclasses.replace(CONFIG, is_causal=False), rngs=rngs)
-    return Decoder(dataclasses.replace(DECODER, **way), rngs=rngs)
+        return CrossAttention(dataclasses.replace(CONFIG, is_causal=False), rngs=rngs, **keep)
+    return Decoder(dataclasses.replace(DECODER, **way), rngs=rngs, **keep)
 
 
 def call(module, **options):
@@ -68,8 +71,9 @@ def test_modes_are_heard_and_calls_go_before_them(kind):
 
 
 @pytest.mark.parametrize("kind", ["self", "cross", "decoder"])
-def test_a_module_without_a_stream_says_where_one_comes_from(kind):
-    module = build(kind, nnx.Rngs(0))
+@pytest.mark.parametrize("way", [dict(keep_rngs=False), "params"])
+def test_a_module_without_a_stream_says_where_one_comes_from(kind, way):
+    module = build(kind, nnx.Rngs(params=0)) if way == "params" else build(kind, nnx.Rngs(0), **way)
     module.train()
     with pytest.raises(ValueError, match="`dropout_key` must be given when deterministic=False .*"):
         call(module)
@@ -81,6 +85,54 @@ def test_a_module_without_a_stream_says_where_one_comes_from(kind):
     ):
         call(module, rngs=3)
     assert not jax.tree.leaves(nnx.state(module, nnx.RngState))
+    loss = lambda module: (call(module, dropout_key=jax.random.key(0)) ** 2).sum()
+    assert nnx.state(jax.grad(loss)(module), nnx.Param)  # no leaf that `jax.grad` refuses
+    module.rngs = nnx.Rngs(0).default  # as the message says
+    assert (call(module) != call(module)).any()
+
+
+@pytest.mark.parametrize("kind", ["self", "cross", "decoder"])
+def test_the_default_stream_stands_in_as_in_flax(kind):
+    module = build(kind, nnx.Rngs(0))
+    module.train()
+    assert (call(module) != call(module)).any()
+    named = build(kind, nnx.Rngs(0, dropout=1))
+    states = [jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (module, named)]
+    for a, b in zip(*states, strict=True):
+        assert_bitwise_equal(a, b)
+    loss = lambda module: (call(module) ** 2).sum()
+    first, second = (nnx.value_and_grad(loss)(module) for _ in range(2))
+    assert first[0] != second[0]
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    gradient = jax.grad(lambda params: loss(nnx.merge(graph, params, rest, copy=True)))(params)
+    assert jax.tree.structure(gradient) == jax.tree.structure(params)
+    assert not jax.tree.leaves(nnx.state(build_without_dropout(kind), nnx.RngState))
+
+
+def build_without_dropout(kind):
+    if kind == "decoder":
+        quiet = dataclasses.replace(CONFIG, dropout_rate=0.0)
+        return Decoder(dataclasses.replace(DECODER, attention=quiet), rngs=nnx.Rngs(0))
+    causal = kind == "self"
+    config = dataclasses.replace(CONFIG, dropout_rate=0.0, is_causal=causal)
+    return (SelfAttention if causal else CrossAttention)(config, rngs=nnx.Rngs(0))
+
+
+def test_a_training_step_follows_the_decoders_mode():
+    optimizer, losses = optax.sgd(0.0), {}
+    for mode in ("eval", "train", "train again", "by key"):
+        decoder = build("decoder", nnx.Rngs(0))
+        decoder.train() if mode.startswith("train") else decoder.eval()
+        options = dict(dropout_key=jax.random.key(0)) if mode == "by key" else {}
+        state = TrainState.create(decoder, optimizer)
+        for _ in range(2):
+            state, loss, _ = train_step(state, IDS, optimizer=optimizer, **options)
+            losses.setdefault(mode, []).append(float(loss))
+    assert losses["eval"][0] == losses["eval"][1]
+    assert (
+        len({losses["eval"][0], *losses["train"], *losses["by key"]}) == 5
+    )  # every step drops anew
+    assert losses["train"] == losses["train again"]
 
 
 def test_parameters_do_not_depend_on_the_stream():

@@ -84,7 +84,7 @@ def test_training_loss_and_gradients(kind, tied):
         positions=(np.arange(length)[None] - start).astype(np.int32),
     )
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
-    alone = Decoder(config, rngs=nnx.Rngs(0))
+    alone = Decoder(config, rngs=nnx.Rngs(0), keep_rngs=False)
 
     drop = dict(deterministic=False, dropout_key=jax.random.key(3))
 
@@ -105,7 +105,11 @@ def test_training_loss_and_gradients(kind, tied):
 
     the_mesh = mesh(kind, fsdp=2, cp=2, tp=2)
     spread = Decoder(
-        config, rngs=nnx.Rngs(0), axes=AXES, context_parallel=ContextParallel(mode="ring")
+        config,
+        rngs=nnx.Rngs(0),
+        keep_rngs=False,
+        axes=AXES,
+        context_parallel=ContextParallel(mode="ring"),
     )
 
     def loss_spread(decoder, data):
@@ -156,8 +160,10 @@ def test_decoding_with_ragged_rows(kind, scan):
         layers=CONFIG.layers[: 4 if scan else 2],
         moe_layers=CONFIG.moe_layers[: 4 if scan else 2],
     )
-    alone = Decoder(config, rngs=nnx.Rngs(0))
-    spread = Decoder(config, rngs=nnx.Rngs(0), axes=AXES, context_parallel=ContextParallel())
+    alone = Decoder(config, rngs=nnx.Rngs(0), keep_rngs=False)
+    spread = Decoder(
+        config, rngs=nnx.Rngs(0), keep_rngs=False, axes=AXES, context_parallel=ContextParallel()
+    )
     the_mesh = mesh(kind, fsdp=2, cp=2, tp=2)
     cache, step = alone.init_cache(2, 32), jax.jit(lambda d, t, c, n: d.step(t, c, lengths=n))
     with jax.set_mesh(the_mesh):
@@ -196,9 +202,11 @@ def test_inside_a_shard_map_of_the_user(kind):
     """A whole decoder, and a layer that knows no mesh, are the part of one device in a caller's `shard_map`."""
     rng = np.random.default_rng(13)
     tokens = rng.integers(0, 24, (2, 16)).astype(np.int32)
-    alone = Decoder(SMALL, rngs=nnx.Rngs(0))
+    alone = Decoder(SMALL, rngs=nnx.Rngs(0), keep_rngs=False)
     plan = ContextParallel()
-    spread = _like(Decoder(SMALL, rngs=nnx.Rngs(0), axes=AXES, context_parallel=plan), alone)
+    spread = _like(
+        Decoder(SMALL, rngs=nnx.Rngs(0), keep_rngs=False, axes=AXES, context_parallel=plan), alone
+    )
     places = np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16))
     labels = rng.integers(0, 24, (2, 16)).astype(np.int32)
 
@@ -250,11 +258,18 @@ def test_bfloat16_is_no_worse_than_on_one_device():
     """Errors against float32 of the same parameters; partial sums of bfloat16 are what a mesh adds."""
     rng = np.random.default_rng(17)
     tokens = rng.integers(0, 24, (2, 32)).astype(np.int32)
-    narrow = _randomised(Decoder(SMALL, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16), rng)
+    narrow = _randomised(
+        Decoder(SMALL, rngs=nnx.Rngs(0), keep_rngs=False, param_dtype=jnp.bfloat16), rng
+    )
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
     spread = Decoder(
-        SMALL, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16, axes=AXES, context_parallel=ContextParallel(mode="ring")
-    )  # fmt: skip
+        SMALL,
+        rngs=nnx.Rngs(0),
+        keep_rngs=False,
+        param_dtype=jnp.bfloat16,
+        axes=AXES,
+        context_parallel=ContextParallel(mode="ring"),
+    )
     the_mesh = mesh("auto", fsdp=2, cp=2, tp=2)
     run = jax.jit(lambda decoder, tokens: decoder(tokens))
     truth, alone = run(wide, jnp.asarray(tokens)), run(narrow, jnp.asarray(tokens))
@@ -297,7 +312,9 @@ DRAWN = dict(temperature=2.0, top_k=9, top_p=0.9, key=jax.random.key(5), **GREED
 @functools.cache
 def _generated_by_one_device():
     """The decoder, and what it continues `PROMPTS` with."""
-    alone = _randomised(Decoder(SMALL, rngs=nnx.Rngs(0)), np.random.default_rng(21))
+    alone = _randomised(
+        Decoder(SMALL, rngs=nnx.Rngs(0), keep_rngs=False), np.random.default_rng(21)
+    )
     return alone, generate(alone, PROMPTS, **GREEDY), generate(alone, PROMPTS, **DRAWN)
 
 
@@ -312,7 +329,9 @@ def test_generates_the_tokens_of_one_device(kind, cp):
     axes = MeshAxes(batch="dp", heads="tp", seq="cp" if cp > 1 else None)
     plan = ContextParallel() if cp > 1 else None
     the_mesh = mesh(kind, dp=2, cp=cp, tp=2)
-    spread = _like(Decoder(SMALL, rngs=nnx.Rngs(0), axes=axes, context_parallel=plan), alone)
+    spread = _like(
+        Decoder(SMALL, rngs=nnx.Rngs(0), keep_rngs=False, axes=axes, context_parallel=plan), alone
+    )
     with jax.set_mesh(the_mesh):
         spread = shard_parameters(spread, the_mesh, axes)
         got = generate(spread, PROMPTS, **GREEDY)

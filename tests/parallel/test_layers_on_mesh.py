@@ -54,7 +54,9 @@ def _attention(axes, plan, rich):
         qkv_bias=rich, out_bias=rich, output_gate=rich, qk_norm="rms_zero_centred" if rich else "none",
         sinks="learnable" if rich else "none", sliding_window=5 if rich else None, dropout_rate=0.3 if rich else 0.0,
     )  # fmt: skip
-    return SelfAttention(config, rngs=nnx.Rngs(1), axes=axes, context_parallel=plan)
+    return SelfAttention(
+        config, rngs=nnx.Rngs(1), keep_rngs=False, axes=axes, context_parallel=plan
+    )
 
 
 def _delta(axes, plan, rich):
@@ -92,7 +94,7 @@ def _cross(axes, plan, rich):
         rope=RopeConfig(theta=100.0) if rich else None, qkv_bias=rich, out_bias=rich, output_gate=rich,
         qk_norm="rms" if rich else "none", sinks="learnable" if rich else "none", dropout_rate=0.0 if rich else 0.3,
     )  # fmt: skip
-    return CrossAttention(config, memory_dim=12, rngs=nnx.Rngs(5), axes=axes)
+    return CrossAttention(config, memory_dim=12, rngs=nnx.Rngs(5), keep_rngs=False, axes=axes)
 
 
 KINDS = {

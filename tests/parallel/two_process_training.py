@@ -54,7 +54,7 @@ def create(mesh) -> TrainState:
 
     def build() -> Decoder:
         spread = {} if mesh is None else {"axes": AXES, "context_parallel": PLAN}
-        return Decoder(CONFIG, rngs=nnx.Rngs(0), **spread)
+        return Decoder(CONFIG, rngs=nnx.Rngs(0), keep_rngs=False, **spread)
 
     if mesh is None:
         return TrainState.create(build(), OPTIMIZER)

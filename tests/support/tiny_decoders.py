@@ -65,6 +65,7 @@ REPEATING = dataclasses.replace(
 
 def build(config: DecoderConfig, seed: int = 0, **kwargs) -> Decoder:
     """A decoder whose every parameter is random, norms and biases too; nothing is compiled to make it."""
+    kwargs["keep_rngs"] = False  # every leaf is a parameter
     abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **kwargs))
     rng = np.random.default_rng(seed)
 

@@ -1,6 +1,7 @@
 """A `Decoder` from a Hugging Face folder and back."""
 
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -67,9 +68,8 @@ def load_hf(
     )  # names compared before anything is built
     if axes is not None and mesh is None:
         raise ValueError(f"`mesh` must be given with `axes={axes}`, got None")
-    abstract = nnx.eval_shape(
-        lambda: Decoder(config, rngs=nnx.Rngs(0), axes=axes, context_parallel=context_parallel)
-    )
+    make = functools.partial(Decoder, config, axes=axes, context_parallel=context_parallel)
+    abstract = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0), keep_rngs=False))
     graphdef, state = nnx.split(abstract)
     flat = dict(nnx.to_flat_state(state))
     shapes: dict[Path, tuple[int, ...]] = {leaf: value.shape for leaf, value in flat.items()}
