@@ -297,7 +297,9 @@ class DecoderConfig:
       norm_eps, norm_zero_centred: RMS norms of the residual stream; zero-centred multiplies by 1 + w.
       tie_embeddings: the output projection is the transposed embedding.
       family: Hugging Face `model_type` that the config was read from or is saved as; None for none.
-      source: folder that `checkpoint.load_hf` read; `save_hf` takes the tokenizer and other such files from it.
+      source: folder that `checkpoint.load_hf` read; `save_hf` takes the tokenizer and other such files from it. Not
+        part of equality: one compiled program serves all folders of a model, and a decoder that a `jit` of your own
+        returns names the folder of the first call.
       stop_tokens, pad_token: ids that end a text (end-of-sequence tokens) and fill what is behind; for `generate`.
       scan_layers: scan over the repeating pattern of layers (stacked parameters, one compile per pattern).
       remat: recompute each layer in the backward pass: all of it (True), or what a policy of `jax.checkpoint` does not
@@ -317,7 +319,7 @@ class DecoderConfig:
     norm_zero_centred: bool = False
     tie_embeddings: bool = False
     family: str | None = None
-    source: str | None = None
+    source: str | None = dataclasses.field(default=None, compare=False)
     stop_tokens: tuple[int, ...] = ()
     pad_token: int | None = None
     scan_layers: bool = False

@@ -1,6 +1,5 @@
 """The programs that are planned: one update of training, one token of decoding, from shapes alone."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from gqa_jax.parallel import sharding
 from gqa_jax.parallel import tensor as tensor_parallel
 from gqa_jax.parallel.context import ContextParallel
 from gqa_jax.parallel.sharding import MeshAxes
-from gqa_jax.train.step import TrainState
+from gqa_jax.train.step import TrainState, train_step
 
 
 class Program(NamedTuple):
@@ -53,20 +52,7 @@ def training(
         return TrainState.create(_decoder(config, dtype, param_dtype, options), optimizer)
 
     def step(state: TrainState, tokens, labels):
-        def objective(params):
-            decoder = nnx.merge(state.graphdef, params, state.rest)
-            losses = tensor_parallel.cross_entropy(decoder(tokens), labels, axes)
-            return losses.mean()
-
-        loss, gradients = jax.value_and_grad(objective)(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        advanced = dataclasses.replace(
-            state,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
-            step=state.step + 1,
-        )
-        return advanced, loss
+        return train_step(state, tokens, optimizer=optimizer, targets=labels)
 
     state = _placed(jax.eval_shape(create), mesh, axes)
     tokens = _tokens((batch, length), mesh, axes)

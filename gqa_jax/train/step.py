@@ -198,7 +198,7 @@ def train_step(
         vocab_size = state.params["embed"]["embedding"].shape[0]
         real = None if segment_ids is None else segment_ids >= 0
         targets = tensor_parallel.as_labels("targets", targets, vocab_size=vocab_size, real=real)
-    return _train_step(
+    output = _train_step(
         state,
         tokens,
         optimizer=optimizer,
@@ -209,6 +209,8 @@ def train_step(
         load_balancing=load_balancing,
         dropout_key=dropout_key,
     )
+    # The program may have been compiled for an equal decoder from another folder (`DecoderConfig.source`).
+    return output._replace(state=dataclasses.replace(output.state, graphdef=state.graphdef))
 
 
 @functools.partial(

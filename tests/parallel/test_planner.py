@@ -2,14 +2,17 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from gqa_jax import DecoderConfig
 from gqa_jax.__main__ import main
 from gqa_jax.hf.config import PRESETS
-from gqa_jax.planner import costs, hlo, plan
+from gqa_jax.planner import costs, hlo, plan, programs
 from gqa_jax.planner.mesh import parse_mesh, plan_mesh
 from gqa_jax.planner.model_flops import model_flops
+from gqa_jax.train.step import TrainOutput
 from pallas_kernels.aot import Rates, rates
 from tests.support.aot import require
 
@@ -181,6 +184,18 @@ def test_a_decode_step_on_eight_gpus(explicit):
     assert made.fits
     assert made.bound[1] == max(made.floors.values()) > 0
     assert json.loads(json.dumps(made.as_json()))["peak_bytes"] == made.peak_bytes
+
+
+@pytest.mark.usefixtures("loose_promotion")  # optax relies on JAX's default promotion
+def test_a_planned_update_is_a_training_step():
+    planned = plan_mesh({"dp": 2}, TINY)
+    sizes, names = tuple(planned.shape.values()), tuple(planned.shape)
+    mesh = jax.sharding.AbstractMesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,))
+    dtypes = dict(dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = programs.training(TINY, mesh, planned.axes, None, batch=2, length=16, **dtypes)
+        output = jax.eval_shape(program.function, *program.arguments)
+    assert isinstance(output, TrainOutput)
 
 
 def test_one_gpu_sends_nothing():

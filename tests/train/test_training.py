@@ -21,6 +21,7 @@ from gqa_jax.demo.byte_text import (
     zlib_bits_per_byte,
 )
 from gqa_jax.parallel.sharding import MeshAxes
+from gqa_jax.train import step
 from gqa_jax.train.step import TrainState, next_token_loss, train_step
 from tests.support.compare import assert_close
 from tests.support.meshes import mesh
@@ -271,3 +272,19 @@ def test_bits_per_byte_counts_every_byte_once():
 def test_text_arrives_in_whole_characters():
     assert "".join(as_text("héllo €".encode())) == "héllo €"
     assert "".join(as_text(b"a\xffb\xe2")) == "a\ufffdb\ufffd"
+
+
+def test_two_folders_of_one_model_share_their_program_and_keep_their_names():
+    optimizer = optax.sgd(0.1)
+    tokens = jnp.ones((1, 8), jnp.int32)
+    attention = dataclasses.replace(HYBRID, layers=("full_attention",), gated_deltanet=None)
+    compiled = []
+    for source in ("base", "tuned"):
+        config = dataclasses.replace(attention, source=source)
+        assert config == attention
+        assert hash(config) == hash(attention)
+        state = TrainState.create(build(config), optimizer)
+        state = train_step(state, tokens, optimizer=optimizer).state
+        assert state.decoder.config.source == source
+        compiled.append(step._train_step._cache_size())
+    assert compiled[0] == compiled[1]
