@@ -7,6 +7,7 @@ key / value heads with dims `Dk` / `Dv`; `W` convolution width, `F` features.
 
 from pallas_kernels._checks import as_int32 as as_int32
 from pallas_kernels._dispatch import Explanation as Explanation
+from pallas_kernels._explain import explain as explain
 from pallas_kernels.attention.api import AttentionOutput as AttentionOutput
 from pallas_kernels.attention.api import gqa_attention as gqa_attention
 from pallas_kernels.attention.api import gqa_attention_qkv as gqa_attention_qkv
@@ -22,4 +23,3 @@ from pallas_kernels.delta_rule.api import gated_delta_rule as gated_delta_rule
 from pallas_kernels.delta_rule.api import gated_delta_rule_step as gated_delta_rule_step
 from pallas_kernels.deltanet.api import GatedDeltaNetStepOutput as GatedDeltaNetStepOutput
 from pallas_kernels.deltanet.api import gated_deltanet_step as gated_deltanet_step
-from pallas_kernels.explain import explain as explain

@@ -1,7 +1,8 @@
-"""For which machine, which implementation, and why each other one would not run.
+"""Operators, their implementations, and the machine that a program is for.
 
-An operator lists its implementations in order of preference, each with `None` (it can) or the reason why it
-cannot. Nothing here catches an implementation's exceptions: a choice is made before it is traced.
+An operator declares its implementations once, in order of preference: how each runs, and why it cannot run a call.
+The call, its choice and its `explain` all read that declaration. Nothing here catches an implementation's exceptions: a
+choice is made before it is traced.
 
 Which machine a program is for is one value, the `Target`: who compiles for another machine or interprets kernels sets
 it, everybody else asks it instead of JAX. The target and the tuned configurations are part of what JAX keys compiled
@@ -11,13 +12,14 @@ programs by, a user's `jax.jit` included: where either changes, programs are tra
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
 SYMBOLIC = "its blocks need sizes that are numbers, not symbols of jax.export"
 HOPPER = "compute capability 9.0 (H100, H200)"
+SHARED_MEMORY_BYTES = 232448  # 227 KiB: what one block may opt in to on sm_90 and sm_100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Explanation:
 
     Attributes:
       operator: public name of the operator.
-      chosen: the implementation that runs, or None if none can (or the one asked for cannot).
+      chosen: the implementation that runs, or None if none can (or the requested one cannot).
       reasons: implementation -> why it was not chosen ("" for the chosen one).
     """
 
@@ -40,8 +42,20 @@ class Explanation:
         return "\n".join(lines)
 
 
+class Implementation(NamedTuple):
+    """One way to run an operator.
+
+    Attributes:
+      run: what the operator calls once this is chosen; kernels are imported there, not before.
+      unsupported_reason: takes the operator's own description of a call; why this cannot run it, or None.
+    """
+
+    run: Callable[..., Any]
+    unsupported_reason: Callable[[Any], str | None] = lambda call: None
+
+
 class Explained(Exception):
-    """Ends a call that is to be explained instead of run: `resolve` raises it, `pallas_kernels.explain` catches it."""
+    """Ends a call that is to be explained instead of run: `choose` raises it, `pallas_kernels.explain` catches it."""
 
     def __init__(self, explanation: Explanation):
         super().__init__(str(explanation))
@@ -49,36 +63,54 @@ class Explained(Exception):
 
 
 EXPLAINING: contextvars.ContextVar[bool] = contextvars.ContextVar("explaining", default=False)
+OPERATORS: dict[str, Callable[..., Any]] = {}  # every public operator by name
 
 
-def resolve(operator: str, implementation: str | None, reasons: Mapping[str, str | None]) -> str:
-    """The implementation to run.
+def operator[F: Callable[..., Any]](function: F) -> F:
+    """Registers a public operator, so that `explain` knows it. Its body calls `choose` under its own name."""
+    OPERATORS[function.__name__] = function
+    return function
+
+
+def choose(
+    operator: str,
+    implementation: str | None,
+    implementations: Mapping[str, Implementation],
+    *,
+    call: Any = None,
+) -> Callable[..., Any]:
+    """`run` of the implementation for a call.
 
     Args:
       operator: public name, for messages.
-      implementation: what the caller asked for; None takes the first that can.
-      reasons: implementation -> None if it can run this call, else why not; in order of preference.
+      implementation: what the caller requested; None takes the first that can run the call.
+      implementations: by name, in order of preference.
+      call: what each `unsupported_reason` is asked about.
 
     Raises:
       ValueError: the name is unknown.
-      NotImplementedError: the implementation asked for (or every one) cannot run this call.
+      NotImplementedError: the requested implementation (or every one) cannot run this call.
     """
-    if implementation is not None and implementation not in tuple(reasons):
-        known = ", ".join(map(repr, reasons))
+    if implementation is not None and implementation not in tuple(implementations):
+        known = ", ".join(map(repr, implementations))
         raise ValueError(f"`implementation` must be None or one of {known}, got {implementation!r}")
     if EXPLAINING.get():
+        reasons = {name: each.unsupported_reason(call) for name, each in implementations.items()}
         raise Explained(_explanation(operator, implementation, reasons))
-    if implementation is None:
-        for name, reason in reasons.items():
-            if reason is None:
-                return name
-        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise NotImplementedError(f"no implementation of {operator} can run this call ({listed})")
-    if reasons[implementation] is not None:
+    if implementation is not None:
+        reason = implementations[implementation].unsupported_reason(call)
+        if reason is None:
+            return implementations[implementation].run
         raise NotImplementedError(
-            f"`implementation={implementation!r}` of {operator} cannot run this call: {reasons[implementation]}"
+            f"`implementation={implementation!r}` of {operator} cannot run this call: {reason}"
         )
-    return implementation
+    reasons = {}
+    for name, each in implementations.items():
+        reasons[name] = each.unsupported_reason(call)
+        if reasons[name] is None:
+            return each.run
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise NotImplementedError(f"no implementation of {operator} can run this call ({listed})")
 
 
 def _explanation(
@@ -87,7 +119,7 @@ def _explanation(
     able = [name for name, reason in reasons.items() if reason is None]
     wanted = able[:1] if implementation is None else [implementation]
     chosen = next((name for name in wanted if name in able), None)
-    why = "preferred here" if implementation is None else "asked for"
+    why = "preferred here" if implementation is None else "requested"
     return Explanation(
         operator,
         chosen,

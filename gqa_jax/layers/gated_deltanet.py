@@ -29,7 +29,6 @@ from gqa_jax.parallel.sharding import MeshAxes
 from pallas_kernels import (
     QKVConvOutput,
     causal_conv1d_qkv,
-    explain,
     gated_delta_rule,
     gated_deltanet_step,
 )
@@ -78,23 +77,21 @@ class DepthwiseConv(nnx.Module):
         dims: tuple[int, int],
         initial_state: Array | None,
         segment_ids: Array | None,
-    ) -> tuple[QKVConvOutput, bool]:
-        """Queries, keys and values of `[B, T, Hk, q | k | v | ...]`, and whether queries and keys have length 1.
+    ) -> QKVConvOutput:
+        """Queries, keys and values of `[B, T, Hk, q | k | v | ...]`; `dims` are Dk and Dv.
 
-        A kernel makes that in the same pass over the projection. XLA would need a pass more, which the delta rule,
-        where it normalises what it reads, does without. `dims` are Dk and Dv.
+        Queries and keys are not normalised here: XLA would need a pass more, which the delta rule does without.
         """
         dtype = projected.dtype
-        arguments = projected, self.kernel[...].astype(dtype)
-        options: dict[str, Any] = dict(
+        return causal_conv1d_qkv(
+            projected,
+            self.kernel[...].astype(dtype),
             key_dim=dims[0],
             value_dim=dims[1],
             bias=None if self.bias is None else self.bias[...].astype(dtype),
             initial_state=None if initial_state is None else initial_state.astype(dtype),
             segment_ids=segment_ids,
         )
-        normalised = explain(causal_conv1d_qkv, *arguments, **options).chosen == "mosaic_gpu"
-        return causal_conv1d_qkv(*arguments, use_qk_l2norm=normalised, **options), normalised
 
 
 class GatedDeltaNet(nnx.Module):
@@ -311,15 +308,13 @@ class GatedDeltaNet(nnx.Module):
             initial_state=state, segment_ids=segment_ids, chunk_size=config.chunk_size
         )
         if self.context_parallel is None:
-            (query, key, value, conv), normalised = self.conv.qkv(
+            query, key, value, conv = self.conv.qkv(
                 projected,
                 dims=(key_dim, value_dim),
                 initial_state=conv,
                 segment_ids=segment_ids,
             )
-            result = gated_delta_rule(
-                query, key, value, g, beta, use_qk_l2norm=not normalised, **options
-            )
+            result = gated_delta_rule(query, key, value, g, beta, use_qk_l2norm=True, **options)
         else:
             # Over rows that are spread over devices the delta rule normalises, and nothing continues them.
             conv = None

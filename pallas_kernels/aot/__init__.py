@@ -6,11 +6,11 @@
 >>> report.kernels, report.collectives, report.temporary_bytes    # doctest: +SKIP
 """
 
+from pallas_kernels._dispatch import SHARED_MEMORY_BYTES as SHARED_MEMORY_BYTES
 from pallas_kernels.aot.gpus import GPUS_PER_HOST as GPUS_PER_HOST
 from pallas_kernels.aot.gpus import Rates as Rates
 from pallas_kernels.aot.gpus import rates as rates
 from pallas_kernels.aot.gpus import targets as targets
-from pallas_kernels.aot.report import SHARED_MEMORY_BYTES as SHARED_MEMORY_BYTES
 from pallas_kernels.aot.report import Compiled as Compiled
 from pallas_kernels.aot.report import Report as Report
 from pallas_kernels.aot.report import compile_case as compile_case

@@ -26,7 +26,6 @@ from pallas_kernels.aot.case import Case
 from pallas_kernels.aot.gpus import GPUS_PER_HOST, capability, description
 from pallas_kernels.aot.sass import KernelFacts, parse
 
-SHARED_MEMORY_BYTES = 232448  # 227 KiB: what one block may opt in to on sm_90 and sm_100
 _DUMPS = ("MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_RESOURCES", "MOSAIC_GPU_DUMP_SASS")
 _COLLECTIVE = re.compile(
     r"= (?P<shape>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"

@@ -1,6 +1,9 @@
 """Public attention operators: contract, validation, choice of implementation."""
 
-from typing import Any, Literal, NamedTuple
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,30 +31,68 @@ class AttentionOutput(NamedTuple):
     lse: jax.Array
 
 
+class SharedOptions(TypedDict, total=False):
+    """Options of every attention operator; `gqa_attention` says what they mean."""
+
+    scale: float | None
+    is_causal: bool
+    causal_alignment: CausalAlignment
+    q_offset: int | Int[Array, "B"] | None
+    sliding_window: int | None
+    mask: Bool[Array, "#B #N #T #S"] | None
+    bias: Float[Array, "#B #N #T #S"] | None
+    sinks: Float[Array, "N"] | None
+    logits_soft_cap: float | None
+    dropout_rate: float
+    dropout_key: Array | None
+    dropout_offset: tuple[int, int] | Int[Array, "2"] | None
+    implementation: Implementation | None
+
+
+class AttentionOptions(SharedOptions, total=False):
+    """Options of `gqa_attention` and `gqa_attention_with_lse`."""
+
+    query_segment_ids: Int[Array, "B T"] | None
+    kv_segment_ids: Int[Array, "B S"] | None
+    query_positions: Int[Array, "B T"] | None
+    kv_positions: Int[Array, "B S"] | None
+    query_cu_seqlens: Int[Array, "num_sequences+1"] | None
+    kv_cu_seqlens: Int[Array, "num_sequences+1"] | None
+
+
+class SelfAttentionOptions(SharedOptions, total=False):
+    """Options of `gqa_attention_qkv`."""
+
+    segment_ids: Int[Array, "B T"] | None
+    positions: Int[Array, "B T"] | None
+    cu_seqlens: Int[Array, "num_sequences+1"] | None
+
+
+# What is not None by default.
+_DEFAULTS = {"is_causal": False, "causal_alignment": "upper_left", "dropout_rate": 0.0}
+
+
+def _spelled_out[F: Callable[..., Any]](function: F) -> F:
+    """Gives `help` and `inspect.signature` each option of `**options: Unpack[...]` by name, with its default."""
+    signature = inspect.signature(function)
+    *arrays, options = signature.parameters.values()
+    (declared,) = get_args(options.annotation)
+    named = [
+        options.replace(
+            name=name, annotation=kind, default=_DEFAULTS.get(name), kind=options.KEYWORD_ONLY
+        )
+        for name, kind in declared.__annotations__.items()
+    ]
+    setattr(function, "__signature__", signature.replace(parameters=[*arrays, *named]))  # noqa: B010
+    return _dispatch.operator(function)
+
+
+@_spelled_out
 def gqa_attention(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B S K D"],
     value: Float[Array, "B S K Dv"],
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    causal_alignment: CausalAlignment = "upper_left",
-    q_offset: int | Int[Array, "B"] | None = None,
-    sliding_window: int | None = None,
-    mask: Bool[Array, "#B #N #T #S"] | None = None,
-    bias: Float[Array, "#B #N #T #S"] | None = None,
-    query_segment_ids: Int[Array, "B T"] | None = None,
-    kv_segment_ids: Int[Array, "B S"] | None = None,
-    query_positions: Int[Array, "B T"] | None = None,
-    kv_positions: Int[Array, "B S"] | None = None,
-    query_cu_seqlens: Int[Array, "num_sequences+1"] | None = None,
-    kv_cu_seqlens: Int[Array, "num_sequences+1"] | None = None,
-    sinks: Float[Array, "N"] | None = None,
-    logits_soft_cap: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: Array | None = None,
-    dropout_offset: tuple[int, int] | Int[Array, "2"] | None = None,
-    implementation: Implementation | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> Float[Array, "B T N Dv"]:
     """Grouped-query attention; query head `h` reads key/value head `h // R`, which is never repeated in memory.
 
@@ -91,7 +132,7 @@ def gqa_attention(
 
     Raises:
       TypeError, ValueError: naming the argument, before anything is computed.
-      NotImplementedError: the implementation asked for cannot run this call, with the reason.
+      NotImplementedError: the requested implementation cannot run this call, with the reason.
 
     | implementation | runs on | dtypes | memory | gradients | vmap, shard_map | deterministic |
     |---|---|---|---|---|---|---|
@@ -121,34 +162,15 @@ def gqa_attention(
       >>> gqa_attention(query, key, value, is_causal=True, sliding_window=4).shape
       (1, 8, 4, 16)
     """
-    options = _options(locals())
-    return _run("gqa_attention", query, key, value, options, implementation, with_lse=False).out
+    return _attend("gqa_attention", query, key, value, options).out
 
 
+@_spelled_out
 def gqa_attention_with_lse(
     query: Float[Array, "B T N D"],
     key: Float[Array, "B S K D"],
     value: Float[Array, "B S K Dv"],
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    causal_alignment: CausalAlignment = "upper_left",
-    q_offset: int | Int[Array, "B"] | None = None,
-    sliding_window: int | None = None,
-    mask: Bool[Array, "#B #N #T #S"] | None = None,
-    bias: Float[Array, "#B #N #T #S"] | None = None,
-    query_segment_ids: Int[Array, "B T"] | None = None,
-    kv_segment_ids: Int[Array, "B S"] | None = None,
-    query_positions: Int[Array, "B T"] | None = None,
-    kv_positions: Int[Array, "B S"] | None = None,
-    query_cu_seqlens: Int[Array, "num_sequences+1"] | None = None,
-    kv_cu_seqlens: Int[Array, "num_sequences+1"] | None = None,
-    sinks: Float[Array, "N"] | None = None,
-    logits_soft_cap: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: Array | None = None,
-    dropout_offset: tuple[int, int] | Int[Array, "2"] | None = None,
-    implementation: Implementation | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> AttentionOutput:
     """`gqa_attention` and the logarithm of its softmax denominator, by which partial results can be merged.
 
@@ -161,29 +183,13 @@ def gqa_attention_with_lse(
       >>> gqa_attention_with_lse(query, key, value).lse.shape
       (1, 8, 4)
     """
-    options = _options(locals())
-    return _run("gqa_attention_with_lse", query, key, value, options, implementation, with_lse=True)
+    return _attend("gqa_attention_with_lse", query, key, value, options)
 
 
+@_spelled_out
 def gqa_attention_qkv(
     qkv: Float[Array, "B T K R+2 D"],
-    *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    causal_alignment: CausalAlignment = "upper_left",
-    q_offset: int | Int[Array, "B"] | None = None,
-    sliding_window: int | None = None,
-    mask: Bool[Array, "#B #N #T #T"] | None = None,
-    bias: Float[Array, "#B #N #T #T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
-    positions: Int[Array, "B T"] | None = None,
-    cu_seqlens: Int[Array, "num_sequences+1"] | None = None,
-    sinks: Float[Array, "N"] | None = None,
-    logits_soft_cap: float | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: Array | None = None,
-    dropout_offset: tuple[int, int] | Int[Array, "2"] | None = None,
-    implementation: Implementation | None = None,
+    **options: Unpack[SelfAttentionOptions],
 ) -> Float[Array, "B T N D"]:
     """Self-attention straight from the fused, group-interleaved projection `[Q_g | K_g | V_g]`.
 
@@ -205,47 +211,53 @@ def gqa_attention_qkv(
       >>> gqa_attention_qkv(qkv, is_causal=True).shape
       (1, 8, 4, 16)
     """
-    options, sizes = dict(locals()), {}
+    named, sizes = _options("gqa_attention_qkv", options, SelfAttentionOptions), {}
     _checks.check_array("qkv", qkv, "B T K R+2 D", sizes)
     _checks.check_float("qkv", qkv)
     if sizes["R+2"] < 3:
         raise ValueError(f"`qkv` must have shape [B, T, K, R + 2, D] with R >= 1, got {qkv.shape}")
     for name, letters in _SELF_PLACES.items():
-        options[f"query_{name}"] = options[f"kv_{name}"] = options[name]
-        if options[name] is not None:
-            _checks.check_array(name, options[name], letters, sizes)
-            _checks.check_integer(name, options[name])
-    options = _options(options)
-    fused = vjp.Fused(qkv, sinks)
+        named[f"query_{name}"] = named[f"kv_{name}"] = named[name]
+        if named[name] is not None:
+            _checks.check_array(name, named[name], letters, sizes)
+            _checks.check_integer(name, named[name])
+    fused = vjp.Fused(qkv, named["sinks"])
     split = jax.eval_shape(lambda qkv: vjp.Fused(qkv).split(), qkv)
-    _check(split.query, split.key, split.value, options)
-    reasons = _reasons(split.query, split.key, split.value, options, with_lse=False, qkv=qkv)
-    chosen = _dispatch.resolve("gqa_attention_qkv", implementation, reasons)
-    kernels = {
-        "mosaic_gpu": vjp.mosaic_gpu_qkv,
-        "mosaic_gpu_atomic": vjp.mosaic_gpu_qkv_atomic,
-    }
-    if chosen in kernels:
-        static, context = _normal_form(split.query, split.key, options)
-        return kernels[chosen](fused, context, static)[0]
-    query, key, value, _, _ = fused.split()
-    return gqa_attention(query, key, value, **options, implementation=implementation)
+    _check(split.query, split.key, split.value, named)
+    call = _call(split.query, split.key, split.value, named, arrays=qkv)
+    run = _dispatch.choose("gqa_attention_qkv", named["implementation"], _OF_FUSED, call=call)
+    static, context = _normal_form(split.query, split.key, named)
+    return run(*_sharding.vary_alike((fused, context)), static)[0]
 
 
 _SELF_PLACES = {"segment_ids": "B T", "positions": "B T", "cu_seqlens": "num_sequences+1"}
 _PLACES = [
     f"{of}_{n}" for n in ("positions", "segment_ids", "cu_seqlens") for of in ("query", "kv")
 ]
-_DEFAULTS = {
-    name: value
-    for name, value in (gqa_attention.__kwdefaults__ or {}).items()
-    if name != "implementation"
+# The kernels come after XLA until the harness (`python -m benchmarks.run attention_gpu`) has run them on a GPU: nobody
+# is given kernels that only an interpreter and a compiler have seen. They are there by name.
+_IMPLEMENTATIONS = {
+    "cudnn": _dispatch.Implementation(cudnn.attention, tuning.cudnn_reason),
+    "blockwise": _dispatch.Implementation(vjp.attention, tuning.blockwise_reason),
+    "mosaic_gpu": _dispatch.Implementation(vjp.mosaic_gpu, hopper_tuning.unsupported_reason),
+    "mosaic_gpu_atomic": _dispatch.Implementation(
+        vjp.mosaic_gpu_atomic, functools.partial(hopper_tuning.unsupported_reason, atomic=True)
+    ),
+    "reference": _dispatch.Implementation(reference.attention),
+}
+_OF_FUSED = {
+    name: each._replace(run=vjp.FUSED.get(name, vjp.splitting(each.run)))
+    for name, each in _IMPLEMENTATIONS.items()
 }
 
 
-def _options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The options of a call; those that are no arrays checked, as Python numbers."""
-    options = {name: arguments[name] for name in _DEFAULTS}
+def _options(operator: str, given: Mapping[str, Any], declared: type) -> dict[str, Any]:
+    """Every option of a call; those that are no arrays checked, as Python numbers."""
+    names = declared.__annotations__
+    for name in given:
+        if name not in names:
+            raise TypeError(f"{operator}() got an unexpected keyword argument {name!r}")
+    options = {**dict.fromkeys(names), **_DEFAULTS, **given}
     options["is_causal"] = _checks.check_flag("is_causal", options["is_causal"])
     options["sliding_window"] = _checks.check_window(options["sliding_window"])
     options["dropout_rate"] = _checks.check_number("dropout_rate", options["dropout_rate"])
@@ -257,54 +269,28 @@ def _options(arguments: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _reasons(query, key, value, options, *, with_lse: bool, qkv=None) -> dict[str, str | None]:
-    """Implementations in order of preference, with why each cannot run the call."""
-    about = {
-        "dtype": query.dtype,
-        "head_dim": query.shape[-1],
-        "value_dim": value.shape[-1],
-        "options": options,
-    }
-    symbolic = _dispatch.is_symbolic(query, key, value)
-    varying = _sharding.is_varying((query, key, value, qkv, options))
-    kernels = {
-        name: _dispatch.SYMBOLIC
-        if symbolic
-        else hopper_tuning.unsupported_reason(
-            **about, varying=varying, atomic=name == "mosaic_gpu_atomic"
-        )
-        for name in ("mosaic_gpu", "mosaic_gpu_atomic")
-    }
-    names = ["cudnn", "blockwise", *kernels, "reference"]
-    if hopper_tuning.preferred():
-        names = ["cudnn", "mosaic_gpu", "blockwise", "mosaic_gpu_atomic", "reference"]
-    lengths = query.shape[1], key.shape[1]
-    others = {
-        name: tuning.unsupported_reason(name, **about, lengths=lengths, with_lse=with_lse)
-        for name in ("cudnn", "blockwise", "reference")
-    }
-    if symbolic:
-        others["cudnn"] = others["cudnn"] or _dispatch.SYMBOLIC
-    return {name: {**kernels, **others}[name] for name in names}
+def _call(query, key, value, options, *, arrays: Any, with_lse: bool = False) -> tuning.Call:
+    return tuning.Call(
+        dtype=query.dtype,
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+        lengths=(query.shape[1], key.shape[1]),
+        options=options,
+        with_lse=with_lse,
+        is_symbolic=_dispatch.is_symbolic(query, key, value),
+        is_varying=_sharding.is_varying((arrays, options)),
+    )
 
 
-def _run(operator, query, key, value, options, implementation, *, with_lse) -> AttentionOutput:
+def _attend(operator: str, query, key, value, given: AttentionOptions) -> AttentionOutput:
+    options = _options(operator, given, AttentionOptions)
     _check(query, key, value, options)
-    reasons = _reasons(query, key, value, options, with_lse=with_lse)
-    chosen = _dispatch.resolve(operator, implementation, reasons)
+    with_lse = operator == "gqa_attention_with_lse"
+    call = _call(query, key, value, options, arrays=(query, key, value), with_lse=with_lse)
+    run = _dispatch.choose(operator, options["implementation"], _IMPLEMENTATIONS, call=call)
     static, context = _normal_form(query, key, options)
     inputs = algebra.Inputs(query, key, value, options["bias"], options["sinks"])
-    if chosen == "cudnn":
-        # Chosen only where nobody takes the lse.
-        return AttentionOutput(cudnn.attention(inputs, static), jnp.zeros(()))
-    run: Any = {
-        "reference": reference.attention,
-        "blockwise": vjp.attention,
-        "mosaic_gpu": vjp.mosaic_gpu,
-        "mosaic_gpu_atomic": vjp.mosaic_gpu_atomic,
-    }[chosen]
-    inputs, context = _sharding.vary_alike((inputs, context))
-    return AttentionOutput(*run(inputs, context, static))
+    return AttentionOutput(*run(*_sharding.vary_alike((inputs, context)), static))
 
 
 def _normal_form(query, key, options) -> tuple[algebra.Options, algebra.Context]:

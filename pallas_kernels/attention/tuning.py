@@ -1,7 +1,7 @@
 """Block sizes of each implementation, and which requests it cannot run."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -55,51 +55,56 @@ def _largest_divisor(number: int, limit: int) -> int:
     return max(d for d in range(1, max(1, min(number, limit)) + 1) if number % d == 0)
 
 
-def unsupported_reason(
-    implementation: str,
-    *,
-    dtype,
-    head_dim: int,
-    value_dim: int,
-    lengths: tuple,
-    options: dict,
-    with_lse: bool,
-) -> str | None:
-    """Why `implementation` cannot run a request, or None if it can.
+class Call(NamedTuple):
+    """What decides which implementation can run a call.
 
-    Args:
-      implementation: "reference", "blockwise" or "cudnn" (`hopper.tuning` answers for its own).
+    Attributes:
       dtype, head_dim, value_dim: of query and value.
       lengths: T and S, which may be symbolic (`jax.export`).
       options: the keyword arguments of `gqa_attention`.
       with_lse: whether the caller also takes the lse.
+      is_symbolic: whether any size is a symbol.
+      is_varying: whether the arrays are typed as varying over mesh axes.
     """
-    if implementation == "reference":
-        return None
-    if not all(isinstance(length, int) for length in lengths):
-        return _dispatch.SYMBOLIC
-    if implementation != "cudnn":
-        return None
-    target = _dispatch.target()
+
+    dtype: Any
+    head_dim: int
+    value_dim: int
+    lengths: tuple[Any, Any]
+    options: dict[str, Any]
+    with_lse: bool
+    is_symbolic: bool
+    is_varying: bool
+
+
+def blockwise_reason(call: Call) -> str | None:
+    """Why "blockwise" cannot run a call, or None."""
+    return None if all(isinstance(n, int) for n in call.lengths) else _dispatch.SYMBOLIC
+
+
+def cudnn_reason(call: Call) -> str | None:
+    """Why "cudnn" cannot run a call, or None."""
+    target, options = _dispatch.target(), call.options
     if target.platform != "gpu":
         return f"it needs an NVIDIA GPU, this is {target.platform}"
     capability = target.compute_capability or "0.0"
     if float(capability) < 8.0:
         return f"it needs compute capability 8.0, this is {capability}"
-    if dtype not in (jnp.float16, jnp.bfloat16):
-        return f"it needs float16 or bfloat16, got {dtype}"
+    if call.is_symbolic:
+        return _dispatch.SYMBOLIC
+    if call.dtype not in (jnp.float16, jnp.bfloat16):
+        return f"it needs float16 or bfloat16, got {call.dtype}"
     widest = 256 if float(capability) >= 9.0 else 128
-    if head_dim > widest or head_dim % 8:
-        return f"D must be a multiple of 8 up to {widest}, got {head_dim}"
-    if value_dim != head_dim:
-        return f"it needs Dv == D, got {value_dim} and {head_dim}"
-    if with_lse:
+    if call.head_dim > widest or call.head_dim % 8:
+        return f"D must be a multiple of 8 up to {widest}, got {call.head_dim}"
+    if call.value_dim != call.head_dim:
+        return f"it needs Dv == D, got {call.value_dim} and {call.head_dim}"
+    if call.with_lse:
         return "it cannot differentiate the lse"
     if options["mask"] is not None or options["bias"] is not None:
         return "it gives no zeros for a query that `mask` or `bias` hides from every key"
-    for name in (
-        "query_segment_ids", "query_positions", "query_cu_seqlens", "sinks", "logits_soft_cap",
-    ):  # fmt: skip
+    names = "query_segment_ids", "query_positions", "query_cu_seqlens", "sinks", "logits_soft_cap"
+    for name in names:
         if options[name] is not None:
             return f"it has no `{name}`"
     if options["dropout_rate"] > 0.0:

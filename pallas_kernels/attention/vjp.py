@@ -157,16 +157,26 @@ def _mosaic_gpu_qkv_backward(inputs: Fused, context, options, saved, cotangents,
     )  # fmt: skip
 
 
-def _plain_qkv(inputs: Fused, context, options):
-    return reference.attention(inputs.split(), context, options)
+def splitting(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """`attention`, which takes separate arrays, on the fused buffer."""
+
+    def of_fused(inputs: Fused, context: algebra.Context, options: algebra.Options):
+        return attention(inputs.split(), context, options)
+
+    return of_fused
 
 
+_plain_qkv = splitting(reference.attention)
 attention = _differentiable(blockwise.forward, blockwise.backward, reference.attention)
 mosaic_gpu = _differentiable(_mosaic_gpu_forward, _mosaic_gpu_backward, reference.attention)
-mosaic_gpu_qkv = _differentiable(_mosaic_gpu_qkv_forward, _mosaic_gpu_qkv_backward, _plain_qkv)
 mosaic_gpu_atomic = _differentiable(
     _mosaic_gpu_forward, functools.partial(_mosaic_gpu_backward, atomic=True), reference.attention
 )
-mosaic_gpu_qkv_atomic = _differentiable(
-    _mosaic_gpu_qkv_forward, functools.partial(_mosaic_gpu_qkv_backward, atomic=True), _plain_qkv
-)
+FUSED = {  # what reads the fused buffer in place
+    "mosaic_gpu": _differentiable(_mosaic_gpu_qkv_forward, _mosaic_gpu_qkv_backward, _plain_qkv),
+    "mosaic_gpu_atomic": _differentiable(
+        _mosaic_gpu_qkv_forward,
+        functools.partial(_mosaic_gpu_qkv_backward, atomic=True),
+        _plain_qkv,
+    ),
+}

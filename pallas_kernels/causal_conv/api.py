@@ -38,6 +38,7 @@ class QKVConvOutput(NamedTuple):
     final_state: jax.Array
 
 
+@_dispatch.operator
 def causal_conv1d(
     x: Float[Array, "B T F"],
     weight: Float[Array, "W F"],
@@ -74,9 +75,9 @@ def causal_conv1d(
     """
     segment_ids = _checks.as_int32("segment_ids", segment_ids)
     _check(x, weight, bias, activation, initial_state, segment_ids)
-    _dispatch.resolve("causal_conv1d", implementation, _REASONS)
+    run = _dispatch.choose("causal_conv1d", implementation, _IMPLEMENTATIONS)
     return CausalConvOutput(
-        *reference.causal_conv(
+        *run(
             x,
             weight,
             bias=bias,
@@ -87,6 +88,7 @@ def causal_conv1d(
     )
 
 
+@_dispatch.operator
 def causal_conv1d_qkv(
     mixed: Float[Array, "B T Hk F"],
     weight: Float[Array, "W Hk C"],
@@ -138,25 +140,19 @@ def causal_conv1d_qkv(
     use_qk_l2norm = _checks.check_flag("use_qk_l2norm", use_qk_l2norm)
     options = vjp.Options(int(key_dim), int(value_dim), use_qk_l2norm)
     operands = vjp.Operands(mixed, weight, bias, initial_state, segment_ids)
-    reasons = _reasons_qkv(sizes, operands, key_dim, value_dim)
-    chosen = _dispatch.resolve("causal_conv1d_qkv", implementation, reasons)
-    return QKVConvOutput(*vjp.causal_conv_qkv(chosen, options, operands))
+    call = tuning.Call(
+        mixed.dtype, sizes, options.key_dim, options.value_dim, _sharding.is_varying(operands)
+    )
+    run = _dispatch.choose("causal_conv1d_qkv", implementation, _QKV_IMPLEMENTATIONS, call=call)
+    return QKVConvOutput(*run(options, operands))
 
 
-_REASONS: dict[str, str | None] = {"reference": None}
-
-
-def _reasons_qkv(sizes, operands, key_dim, value_dim) -> dict[str, str | None]:
-    names = ["reference", "mosaic_gpu"]
-    if tuning.preferred():
-        names.reverse()
-    return {
-        name: tuning.unsupported_reason(
-            name, dtype=operands.mixed.dtype, sizes=sizes, key_dim=key_dim, value_dim=value_dim,
-            varying=_sharding.is_varying(operands),
-        )
-        for name in names
-    }  # fmt: skip
+_IMPLEMENTATIONS = {"reference": _dispatch.Implementation(reference.causal_conv)}
+# The kernel comes last until it has run on a GPU: nobody is given what only an interpreter and a compiler have seen.
+_QKV_IMPLEMENTATIONS = {
+    "reference": _dispatch.Implementation(vjp.in_xla),
+    "mosaic_gpu": _dispatch.Implementation(vjp.mosaic_gpu, tuning.unsupported_reason),
+}
 
 
 def _check(x, weight, bias, activation, initial_state, segment_ids) -> None:

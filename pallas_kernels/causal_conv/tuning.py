@@ -1,5 +1,7 @@
 """Tiles of the convolution kernels, each with its reason, and what those kernels cannot do."""
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 
 from pallas_kernels import _dispatch, _sharding
@@ -35,37 +37,34 @@ def backward_rows(dim: int, *, itemsize: int) -> int:
     return ROWS if dim * itemsize <= 256 else ROWS // 2
 
 
-def preferred() -> bool:
-    """Whether `implementation=None` takes the kernels before XLA.
+class Call(NamedTuple):
+    """What decides whether the kernel can run a call.
 
-    Not yet: they have not run on a GPU, so nobody is given kernels that only an interpreter and a compiler have seen.
-    They are there by name.
-    """
-    return False
-
-
-def unsupported_reason(
-    implementation: str, *, dtype, sizes: dict[str, int], key_dim: int, value_dim: int, varying: bool,
-) -> str | None:  # fmt: skip
-    """Why `implementation` cannot run a call of `causal_conv1d_qkv` that the operator accepts, or None.
-
-    Args:
-      implementation: "reference" or "mosaic_gpu".
+    Attributes:
       dtype: of `mixed`.
       sizes: of the letters B, T, F and W.
       key_dim, value_dim: Dk, Dv.
-      varying: whether the arrays are typed as varying over mesh axes.
+      is_varying: whether the arrays are typed as varying over mesh axes.
     """
-    if implementation == "reference":
-        return None
+
+    dtype: Any
+    sizes: dict[str, int]
+    key_dim: int
+    value_dim: int
+    is_varying: bool
+
+
+def unsupported_reason(call: Call) -> str | None:
+    """Why the kernel cannot run a call of `causal_conv1d_qkv` that the operator accepts, or None."""
+    dtype, sizes = call.dtype, call.sizes
     machine = _dispatch.target().not_hopper()
     if machine is not None:
         return machine
     if jnp.dtype(dtype).name not in DTYPES:
         return f"it needs {', '.join(DTYPES)}, got {jnp.dtype(dtype).name}"
-    if varying:
+    if call.is_varying:
         return _sharding.UNTYPED
-    for letter, dim in (("Dk", key_dim), ("Dv", value_dim)):
+    for letter, dim in (("Dk", call.key_dim), ("Dv", call.value_dim)):
         if dim not in HEAD_DIMS:
             return f"{letter} must be one of {', '.join(map(str, HEAD_DIMS))}, got {dim}"
     if not 1 <= sizes["W"] <= HALO + 1:

@@ -9,12 +9,13 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch
-from pallas_kernels.decode import algebra, reference, tuning, vjp
+from pallas_kernels.decode import algebra, reference, vjp
 
 MAX_NEW_TOKENS = 16
 Implementation = Literal["blockwise", "reference"]
 
 
+@_dispatch.operator
 def decode_attention(
     query: Float[Array, "B T N D"],
     key_cache: Array,
@@ -73,21 +74,22 @@ def decode_attention(
     scale = _checks.check_number("scale", query.shape[-1] ** -0.5 if scale is None else scale)
     if logits_soft_cap is not None:
         logits_soft_cap = _checks.check_number("logits_soft_cap", logits_soft_cap, is_positive=True)
-    chosen = _dispatch.resolve("decode_attention", implementation, _reasons())
+    run = _dispatch.choose("decode_attention", implementation, _IMPLEMENTATIONS)
     operands = algebra.Operands(
         query, key_cache, value_cache, lengths, key_scale, value_scale, sinks
     )
     options = algebra.Options(window, logits_soft_cap, scale)
-    run = reference if chosen == "reference" else vjp
     operands = jax.tree.map(jnp.asarray, operands)
-    out: Any = run.decode_attention(operands, options)
+    out: Any = run(operands, options)
     before = jnp.arange(-query.shape[1], 0, dtype=jnp.int32)
     outside = operands.lengths[:, None] + before[None, :] >= key_cache.shape[2]
     return jnp.where(outside[..., None, None], jnp.asarray(jnp.nan, out.dtype), out)
 
 
-def _reasons() -> dict[str, str | None]:
-    return {name: tuning.unsupported_reason(name) for name in ("blockwise", "reference")}
+_IMPLEMENTATIONS = {
+    "blockwise": _dispatch.Implementation(vjp.decode_attention),
+    "reference": _dispatch.Implementation(reference.decode_attention),
+}
 
 
 def _check(query, key_cache, value_cache, lengths, key_scale, value_scale, sinks) -> None:

@@ -1,4 +1,4 @@
-"""How much of the cache one step works on, and which requests an implementation cannot run."""
+"""How much of the cache one step works on."""
 
 import math
 import os
@@ -18,9 +18,3 @@ def pairs_at_once(num_pairs: int) -> int:
     if not isinstance(num_pairs, int):  # a symbolic batch (jax.export)
         return 1
     return math.gcd(num_pairs, os.cpu_count() or 1)
-
-
-def unsupported_reason(implementation: str) -> str | None:
-    """Why `implementation` cannot run a request, or None: both XLA implementations run everything."""
-    del implementation
-    return None

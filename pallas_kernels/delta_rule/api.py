@@ -1,5 +1,6 @@
 """Public gated delta rule: contract, validation, choice of implementation."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +46,7 @@ class GatedDeltaRuleStepOutput(NamedTuple):
     states: jax.Array | None
 
 
+@_dispatch.operator
 def gated_delta_rule(
     query: Float[Array, "B T Hk Dk"],
     key: Float[Array, "B T Hk Dk"],
@@ -94,7 +96,7 @@ def gated_delta_rule(
 
     Raises:
       TypeError, ValueError: naming the argument.
-      NotImplementedError: the implementation asked for cannot run the call.
+      NotImplementedError: the requested implementation cannot run the call.
 
     Source: Gated Delta Networks (arXiv 2412.06464), section 3.3; derivation in docs/gated_delta_rule.md.
 
@@ -108,11 +110,20 @@ def gated_delta_rule(
     segment_ids = _checks.as_int32("segment_ids", segment_ids)
     cu_seqlens = _checks.as_int32("cu_seqlens", cu_seqlens)
     sizes = _check(query, key, value, g, beta, initial_state, segment_ids, cu_seqlens, chunk_size)
-    use_qk_l2norm = _checks.check_flag("use_qk_l2norm", use_qk_l2norm)
-    scale = sizes["Dk"] ** -0.5 if scale is None else _checks.check_number("scale", scale)
     tokens = order.Tokens(query, key, value, g, beta)
-    reasons = _reasons(sizes, tokens, (initial_state, segment_ids, cu_seqlens), chunk_size)
-    chosen = _dispatch.resolve("gated_delta_rule", implementation, reasons)
+    call = tuning.Call(
+        sizes=sizes,
+        dtypes=tuple(x.dtype for x in tokens[:3]),
+        per_channel=len(g.shape) == 4,
+        scale=sizes["Dk"] ** -0.5 if scale is None else _checks.check_number("scale", scale),
+        use_qk_l2norm=_checks.check_flag("use_qk_l2norm", use_qk_l2norm),
+        chunk_size=None if chunk_size is None else int(chunk_size),
+        is_symbolic=_dispatch.is_symbolic(*tokens),
+        is_varying=_sharding.is_varying((tokens, initial_state, segment_ids, cu_seqlens)),
+    )
+    is_short = isinstance(sizes["T"], int) and sizes["T"] <= tuning.RECURRENT_TOKENS
+    implementations = _OF_FEW_TOKENS if is_short else _IMPLEMENTATIONS
+    run = _dispatch.choose("gated_delta_rule", implementation, implementations, call=call)
     compute = algebra.compute_dtype(value.dtype)
     if initial_state is None:
         shape = (sizes["sequences"], sizes["Hv"], sizes["Dk"], sizes["Dv"])
@@ -124,36 +135,10 @@ def gated_delta_rule(
         cu_seqlens = jnp.asarray(cu_seqlens)
     varied: Any = _sharding.vary_alike((tokens, initial_state, segment_ids, cu_seqlens))
     tokens, state, segment_ids, cu_seqlens = varied
-    bounded = tokens._replace(g=order.bounded(tokens.g))
-    boundaries = reference.boundaries(value.shape[:2], segment_ids, cu_seqlens)
-
-    def marked(outputs):
-        return GatedDeltaRuleOutput(
-            *order.spoiled_outputs(outputs, bounded, state, boundaries, cu_seqlens)
-        )
-
-    if chosen == "reference":
-        out, final, _ = reference.recurrent(
-            *map(finite_part, bounded), initial_state=finite_part(state), scale=scale,
-            use_qk_l2norm=use_qk_l2norm, segment_ids=segment_ids, cu_seqlens=cu_seqlens,
-        )  # fmt: skip
-        return marked((out, final))
-    kernels = chosen == "mosaic_gpu"
-    plan = _plan(
-        sizes,
-        cu_seqlens,
-        scale,
-        use_qk_l2norm,
-        chunk_size,
-        per_channel=g.ndim == 4,
-        kernels=kernels,
-    )
-    places = dict(segment_ids=segment_ids, cu_seqlens=cu_seqlens)
-    if kernels:
-        return GatedDeltaRuleOutput(*vjp.mosaic_gpu(plan, bounded, state, **places))
-    return marked(vjp.gated_delta_rule(plan, tokens, state, **places))
+    return run(call, tokens, state, segment_ids=segment_ids, cu_seqlens=cu_seqlens)
 
 
+@_dispatch.operator
 def gated_delta_rule_step(
     query: Float[Array, "B T Hk Dk"],
     key: Float[Array, "B T Hk Dk"],
@@ -191,7 +176,7 @@ def gated_delta_rule_step(
 
     Raises:
       TypeError, ValueError: naming the argument.
-      NotImplementedError: the implementation asked for cannot run the call.
+      NotImplementedError: the requested implementation cannot run the call.
 
     Example:
       >>> import jax.numpy as jnp
@@ -208,54 +193,84 @@ def gated_delta_rule_step(
         _checks.check_flag("return_states", return_states),
     )
     tokens = step.Tokens(query, key, value, g, beta)
-    reasons = _step_reasons(tokens, state, slots)
-    chosen = _dispatch.resolve("gated_delta_rule_step", implementation, reasons)
+    call = step_tuning.Call(
+        dtypes=[x.dtype for x in tokens[:3]],
+        state_dtype=step.state_dtype(state, value),
+        key_dim=sizes["Dk"],
+        value_dim=sizes["Dv"],
+        is_varying=_sharding.is_varying((tokens, state, slots)),
+    )
+    run = _dispatch.choose("gated_delta_rule_step", implementation, _STEPS, call=call)
     state = jnp.asarray(state).astype(step.state_dtype(state, value))
     tokens, state, slots = _sharding.vary_alike((tokens, state, slots))
-    return GatedDeltaRuleStepOutput(*step.run(chosen, options, tokens, state, slots))
+    return GatedDeltaRuleStepOutput(*run(options, tokens, state, slots))
 
 
-def _step_reasons(tokens: step.Tokens, state, slots) -> dict[str, str | None]:
-    """Reasons in order of preference: kernels measured to be faster, the recurrence, the other kernels."""
-    reasons: dict[str, str | None] = {
-        name: step_tuning.unsupported_reason(
-            name, dtypes=[x.dtype for x in tokens[:3]], state_dtype=step.state_dtype(state, tokens.value),
-            key_dim=state.shape[-2], value_dim=state.shape[-1], varying=_sharding.is_varying((tokens, state, slots)),
-        )
-        for name in ("mosaic_gpu", "triton", "reference")
-    }  # fmt: skip
-    first = [name for name in reasons if step_tuning.preferred(name)]
-    return {name: reasons[name] for name in (*first, "reference", *reasons)}
+# The kernels come last until they have been measured on a GPU: nobody is given what only an interpreter and a compiler
+# have seen.
+_STEPS = {
+    "reference": _dispatch.Implementation(step.recurrence),
+    "mosaic_gpu": _dispatch.Implementation(
+        functools.partial(step.run, "mosaic_gpu"), step_tuning.mosaic_gpu_reason
+    ),
+    "triton": _dispatch.Implementation(
+        functools.partial(step.run, "triton"), step_tuning.triton_reason
+    ),
+}
 
 
-def _reasons(sizes, tokens: order.Tokens, others, chunk_size) -> dict[str, str | None]:
-    names = ["chunked", "reference"]
-    if isinstance(sizes["T"], int) and sizes["T"] <= tuning.RECURRENT_TOKENS:
-        names.reverse()
-    found = {
-        name: tuning.unsupported_reason(name, length=sizes["T"], chunk_size=chunk_size)
-        for name in names
-    }
-    kernels = _dispatch.SYMBOLIC if _dispatch.is_symbolic(*tokens) else hopper_tuning.unsupported_reason(
-        dtypes=tuple(x.dtype for x in tokens[:3]), key_dim=sizes["Dk"], value_dim=sizes["Dv"],
-        per_channel=len(tokens.g.shape) == 4, chunk_size=chunk_size,
-        varying=_sharding.is_varying((tokens, others)),
-    )  # fmt: skip
-    if hopper_tuning.preferred():
-        return {"mosaic_gpu": kernels, **found}
-    return {**found, "mosaic_gpu": kernels}
+def _by_reference(call: tuning.Call, tokens: order.Tokens, state, **places) -> GatedDeltaRuleOutput:
+    bounded = tokens._replace(g=order.bounded(tokens.g))
+    out, final, _ = reference.recurrent(
+        *map(finite_part, bounded),
+        initial_state=finite_part(state),
+        scale=call.scale,
+        use_qk_l2norm=call.use_qk_l2norm,
+        **places,
+    )
+    return _spoiled((out, final), bounded, state, **places)
 
 
-def _plan(
-    sizes, cu_seqlens, scale, use_qk_l2norm, chunk_size, *, per_channel, kernels
-) -> order.Plan:
+def _by_chunks(call: tuning.Call, tokens: order.Tokens, state, **places) -> GatedDeltaRuleOutput:
+    outputs = vjp.gated_delta_rule(_plan(call, places["cu_seqlens"]), tokens, state, **places)
+    bounded = tokens._replace(g=order.bounded(tokens.g))
+    return _spoiled(outputs, bounded, state, **places)
+
+
+def _by_kernels(call: tuning.Call, tokens: order.Tokens, state, **places) -> GatedDeltaRuleOutput:
+    bounded = tokens._replace(g=order.bounded(tokens.g))
+    plan = _plan(call, places["cu_seqlens"], kernels=True)
+    return GatedDeltaRuleOutput(*vjp.mosaic_gpu(plan, bounded, state, **places))
+
+
+def _spoiled(
+    outputs, bounded: order.Tokens, state, *, segment_ids, cu_seqlens
+) -> GatedDeltaRuleOutput:
+    """NaN wherever something that is not finite was read."""
+    boundaries = reference.boundaries(bounded.value.shape[:2], segment_ids, cu_seqlens)
+    return GatedDeltaRuleOutput(
+        *order.spoiled_outputs(outputs, bounded, state, boundaries, cu_seqlens)
+    )
+
+
+_REFERENCE = {"reference": _dispatch.Implementation(_by_reference, tuning.reference_reason)}
+# The kernels come last, as those of the step do.
+_IMPLEMENTATIONS = {
+    "chunked": _dispatch.Implementation(_by_chunks, tuning.chunked_reason),
+    **_REFERENCE,
+    "mosaic_gpu": _dispatch.Implementation(_by_kernels, hopper_tuning.unsupported_reason),
+}
+_OF_FEW_TOKENS = {**_REFERENCE, **_IMPLEMENTATIONS}
+
+
+def _plan(call: tuning.Call, cu_seqlens, *, kernels: bool = False) -> order.Plan:
+    sizes, platform = call.sizes, _dispatch.target().platform
     sequences = None if cu_seqlens is None else sizes["sequences"]
-    chunk = int(chunk_size) if chunk_size else tuning.chunk_size(sizes["T"], sequences)
+    chunk = call.chunk_size or tuning.chunk_size(sizes["T"], sequences)
     if kernels:
         chunk = hopper_tuning.CHUNK
     count = order.chunk_count(sizes["T"], sequences, chunk)
-    platform = _dispatch.target().platform
-    lanes = 1 if per_channel else tuning.segments(count, platform)
+    lanes = 1 if call.per_channel else tuning.segments(count, platform)
     if kernels:
         lanes = 1  # packed sequences run side by side already
         if sequences is None:
@@ -264,9 +279,16 @@ def _plan(
     steps = -(-count // lanes)
     block = tuning.block(steps, sizes["B"] * lanes * sizes["Hv"], platform)
     return order.Plan(
-        batch=sizes["B"], length=sizes["T"], chunk=chunk, lanes=lanes, steps=-(-steps // block) * block,
-        scale=scale, use_qk_l2norm=use_qk_l2norm, block=block, per_channel=per_channel,
-    )  # fmt: skip
+        batch=sizes["B"],
+        length=sizes["T"],
+        chunk=chunk,
+        lanes=lanes,
+        steps=-(-steps // block) * block,
+        scale=call.scale,
+        use_qk_l2norm=call.use_qk_l2norm,
+        block=block,
+        per_channel=call.per_channel,
+    )
 
 
 def _check_operands(query, key, value, g, beta) -> dict[str, int]:

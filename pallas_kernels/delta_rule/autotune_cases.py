@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import aot
+from pallas_kernels import _dispatch
 from pallas_kernels.aot.case import Case
 from pallas_kernels.delta_rule import order, vjp
 from pallas_kernels.delta_rule.hopper import chains, fwd, tuning
@@ -209,7 +209,7 @@ def refusal(key: str, config: tuning.Config) -> str | None:
     """Why the kernels cannot be laid out so, or None."""
     width = _known()[key].width
     error = tuning.layout_error(config, width=width)
-    if error is None and shared_bytes(config, width) + SPARE_BYTES > aot.SHARED_MEMORY_BYTES:
+    if error is None and shared_bytes(config, width) + SPARE_BYTES > _dispatch.SHARED_MEMORY_BYTES:
         return f"it does not fit into a block: {config}"
     return error
 

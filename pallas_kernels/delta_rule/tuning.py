@@ -1,6 +1,7 @@
 """Sizes that measurement chose, and which implementation can run a call."""
 
 import math
+from typing import Any, NamedTuple
 
 from pallas_kernels import _dispatch
 
@@ -53,10 +54,36 @@ def block(num_chunks: int, pairs: int, platform: str) -> int:
     return max(1, math.ceil(num_chunks / max(blocks, 1)))
 
 
-def unsupported_reason(implementation: str, *, length: int, chunk_size: int | None) -> str | None:
-    """Why `implementation` cannot run a call of `length` tokens (symbolic under `jax.export`), or None if it can."""
-    if implementation == "chunked" and not isinstance(length, int):
-        return _dispatch.SYMBOLIC
-    if implementation == "reference" and chunk_size is not None:
-        return "`chunk_size` has no meaning for the token recurrence"
-    return None
+class Call(NamedTuple):
+    """What decides which implementation can run a call, and what is static about it.
+
+    Attributes:
+      sizes: of the letters B, T, Hk, Hv, Dk and Dv, and `sequences`, how many states there are; symbolic under
+        `jax.export`.
+      dtypes: of query, key and value.
+      per_channel: whether g holds a decay per key channel.
+      scale, use_qk_l2norm, chunk_size: as for the operator.
+      is_symbolic: whether any size is a symbol.
+      is_varying: whether the arrays are typed as varying over mesh axes.
+    """
+
+    sizes: dict[str, int]
+    dtypes: tuple[Any, ...]
+    per_channel: bool
+    scale: float
+    use_qk_l2norm: bool
+    chunk_size: int | None
+    is_symbolic: bool
+    is_varying: bool
+
+
+def chunked_reason(call: Call) -> str | None:
+    """Why "chunked" cannot run a call, or None."""
+    return None if isinstance(call.sizes["T"], int) else _dispatch.SYMBOLIC
+
+
+def reference_reason(call: Call) -> str | None:
+    """Why "reference" cannot run a call, or None."""
+    if call.chunk_size is None:
+        return None
+    return "`chunk_size` has no meaning for the token recurrence"

@@ -1,5 +1,6 @@
 """Public decode step of Gated DeltaNet: contract, validation, choice of implementation."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch, _sharding
-from pallas_kernels.deltanet import step, tuning
+from pallas_kernels.deltanet import reference, step, tuning
 from pallas_kernels.deltanet.algebra import Inputs, Options
 
 _STEP_TOKENS = 8
@@ -33,6 +34,7 @@ class GatedDeltaNetStepOutput(NamedTuple):
     states: jax.Array | None
 
 
+@_dispatch.operator
 def gated_deltanet_step(
     mixed: Float[Array, "B T Hk F"],
     logits: Float[Array, "B T Hk 2*n"],
@@ -91,7 +93,7 @@ def gated_deltanet_step(
 
     Raises:
       TypeError, ValueError: naming the argument.
-      NotImplementedError: the implementation asked for cannot run the call.
+      NotImplementedError: the requested implementation cannot run the call.
 
     Source: Gated Delta Networks (arXiv 2412.06464), section 3.4, with the layout of Qwen3-Next.
 
@@ -114,8 +116,8 @@ def gated_deltanet_step(
         "return_states": return_states,
     }
     options = Options(scale, *(_checks.check_flag(*flag) for flag in flags.items()))
-    reasons = _reasons(inputs, state, slots)
-    chosen = _dispatch.resolve("gated_deltanet_step", implementation, reasons)
+    call = _call(inputs, state, slots)
+    run = _dispatch.choose("gated_deltanet_step", implementation, _IMPLEMENTATIONS, call=call)
     state = jnp.asarray(state).astype(step.state_dtype(state, mixed))
     inputs, slots = jax.tree.map(jnp.asarray, (inputs, slots))
     inputs, state, slots = _sharding.vary_alike((inputs, state, slots))
@@ -123,24 +125,33 @@ def gated_deltanet_step(
     if isinstance(inputs.lengths, jax.core.Tracer):
         bad = (inputs.lengths < 0) | (inputs.lengths > inputs.mixed.shape[1])
         inputs = inputs._replace(lengths=jnp.where(bad, 0, inputs.lengths))
-    out, after, states, windows = step.run(chosen, options, inputs, state, slots)
+    out, after, states, windows = run(options, inputs, state, slots)
     if bad is not None:
         out = jnp.where(bad[:, None, None, None], jnp.asarray(jnp.nan, out.dtype), out)
     return GatedDeltaNetStepOutput(out, after, windows, states)
 
 
-def _reasons(inputs: Inputs, state, slots) -> dict[str, str | None]:
-    """Reasons in order of preference: the kernels come last until they have been measured."""
+# The kernels come last until they have been measured on a GPU.
+_IMPLEMENTATIONS = {
+    "reference": _dispatch.Implementation(reference.step),
+    "mosaic_gpu": _dispatch.Implementation(
+        functools.partial(step.run, "mosaic_gpu"), tuning.mosaic_gpu_reason
+    ),
+    "triton": _dispatch.Implementation(functools.partial(step.run, "triton"), tuning.triton_reason),
+}
+
+
+def _call(inputs: Inputs, state, slots) -> tuning.Call:
     floats = inputs._replace(lengths=None)
-    return {
-        name: tuning.unsupported_reason(
-            name, dtypes=[x.dtype for x in jax.tree.leaves(floats)],
-            state_dtype=step.state_dtype(state, inputs.mixed), key_dim=state.shape[2],
-            value_dim=state.shape[3], width=inputs.conv_kernel.shape[0], channels=inputs.mixed.shape[3],
-            varying=_sharding.is_varying((inputs, state, slots)),
-        )
-        for name in ("reference", "mosaic_gpu", "triton")
-    }  # fmt: skip
+    return tuning.Call(
+        dtypes=[x.dtype for x in jax.tree.leaves(floats)],
+        state_dtype=step.state_dtype(state, inputs.mixed),
+        key_dim=state.shape[2],
+        value_dim=state.shape[3],
+        is_varying=_sharding.is_varying((inputs, state, slots)),
+        width=inputs.conv_kernel.shape[0],
+        channels=inputs.mixed.shape[3],
+    )
 
 
 def _check(inputs: Inputs, state, slots) -> dict[str, int]:

@@ -13,9 +13,7 @@ state_dtype = delta_rule.state_dtype
 
 
 def run(implementation: str, options: Options, inputs: Inputs, state, slots):
-    """`(out, state after, states or None, conv_state after)`; both states keep their dtype."""
-    if implementation == "reference":
-        return reference.step(options, inputs, state, slots)
+    """`(out, state after, states or None, conv_state after)` by a kernel; both states keep their dtype."""
     lengths = inputs.lengths
     return _program(implementation, options, inputs._replace(lengths=None), state, lengths, slots)
 

@@ -19,6 +19,7 @@ from pallas_kernels import _dispatch, aot
 from pallas_kernels.attention.hopper import tuning
 from pallas_kernels.decode import tuning as decode_tuning
 from pallas_kernels.delta_rule import api as delta_rule
+from pallas_kernels.delta_rule import tuning as delta_tuning
 from pallas_kernels.delta_rule.step import triton
 from tests.support.aot import require
 
@@ -90,9 +91,8 @@ def test_a_decode_step_for_a_gpu_copies_no_cache():
 
 def test_a_long_row_is_cut_into_lanes_for_a_gpu():
     sizes = dict(B=1, T=262144, Hk=16, Hv=32, Dk=128, Dv=128, sequences=1)
-    planned = lambda: delta_rule._plan(
-        sizes, None, 1.0, True, None, per_channel=False, kernels=False
-    )
+    call = delta_tuning.Call(sizes, (), False, 1.0, True, None, is_symbolic=False, is_varying=False)
+    planned = lambda: delta_rule._plan(call, None)
     assert planned().lanes == 1
     with _dispatch.targeting(H200):
         assert (planned().lanes, planned().steps) == (128, 32)

@@ -1,18 +1,14 @@
 """The Hopper kernel of `causal_conv1d_qkv`, interpreted with race detection against float64, and as machine code."""
 
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from gqa_jax import GatedDeltaNet
-from gqa_jax.config import GatedDeltaNetConfig
 from gqa_jax.planner import hlo
-from pallas_kernels import _dispatch, aot, causal_conv1d_qkv, explain, gated_delta_rule
+from pallas_kernels import _dispatch, aot, causal_conv1d_qkv, explain
 from pallas_kernels.causal_conv import aot_cases, tuning
 from pallas_kernels.causal_conv.tuning import ROWS
 from tests.support.aot import require
@@ -274,29 +270,12 @@ def test_reasons(x64):
     sizes = {"B": 1, "T": 4, "F": 192, "W": 4}
     with _dispatch.targeting(_dispatch.Target("gpu", "9.0")):
         varying = tuning.unsupported_reason(
-            "mosaic_gpu", dtype=jnp.bfloat16, sizes=sizes, varying=True, **DIMS
+            tuning.Call(jnp.dtype("bfloat16"), sizes, is_varying=True, **DIMS)
         )
     assert "`jax.shard_map(check_vma=False)`" in str(varying)
     mixed, weight = jnp.ones((1, 4, 2, 192)), jnp.ones((4, 2, 192))
     with pytest.raises(NotImplementedError, match=r"mosaic_gpu.*cannot run this call.*9\.0"):
         causal_conv1d_qkv(mixed, weight, implementation="mosaic_gpu", **DIMS)
-
-
-def test_the_layer_normalises_in_the_kernel_once_that_is_preferred():
-    config = GatedDeltaNetConfig(
-        model_dim=16, num_key_heads=1, num_value_heads=2, key_head_dim=64, value_head_dim=64
-    )
-    layer = GatedDeltaNet(config, rngs=nnx.Rngs(0))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 9, 16)), jnp.float32)
-    expected = jax.jit(lambda x: layer(x))(x)
-    with interpreted(), mock.patch.object(tuning, "preferred", return_value=True):
-        assert reason("9.0") == ""
-        with mock.patch(
-            "gqa_jax.layers.gated_deltanet.gated_delta_rule", wraps=gated_delta_rule
-        ) as rule:
-            actual = jax.block_until_ready(jax.jit(lambda x: layer(x))(x))
-    assert not rule.call_args.kwargs["use_qk_l2norm"]
-    assert_close(actual, expected, atol=1e-5)
 
 
 # --- machine code ----------------------------------------------------------------------------------------------------

@@ -212,9 +212,8 @@ def test_reasons_of_types(x64):
     wide = [x.astype(jnp.float64) for x in operands]
     assert "got float64" in reasons("9.0", *wide)["triton"]
     with _dispatch.targeting(_dispatch.Target("gpu", "9.0")):
-        reason = tuning.unsupported_reason(
-            "triton", dtypes=[jnp.float32], state_dtype=jnp.float32, key_dim=64, value_dim=64, varying=True
-        )  # fmt: skip
+        float32 = jnp.dtype("float32")
+        reason = tuning.triton_reason(tuning.Call([float32], float32, 64, 64, is_varying=True))
     assert (
         reason
         == "it updates the state in place, which `jax.shard_map` allows with `check_vma=False` only"

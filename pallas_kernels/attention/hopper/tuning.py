@@ -2,18 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _dispatch, _sharding
+from pallas_kernels.attention.tuning import Call
 
 HEAD_DIMS = (64, 96, 128, 256)
 ATOMIC_HEAD_DIMS = (64, 96, 128)
 DTYPES = ("bfloat16", "float16")
-# 227 KiB: the most shared memory that one block may have on sm_90.
-SHARED_BYTES = 232448
 # JAX 0.12 compiles through nvJitLink, which ignores setmaxnreg: three warpgroups then keep 168 registers each.
 FIXED_REGISTERS = jax.__version_info__ >= (0, 12)
 # Queries up to which one tuned configuration serves, and one more for everything longer: a new length needs no tuning.
@@ -196,41 +194,25 @@ def fits(config: Config, head_dim: int) -> bool:
     """Whether the tiles leave room in shared memory for statistics, ids and barriers, and in registers for scores."""
     if isinstance(config, BackwardConfig) and head_dim > 128 and not config.split:
         return False
-    return config.shared_bytes(head_dim) + 2048 <= SHARED_BYTES
+    return config.shared_bytes(head_dim) + 2048 <= _dispatch.SHARED_MEMORY_BYTES
 
 
-def preferred() -> bool:
-    """Whether `implementation=None` takes these kernels before blockwise (XLA) attention.
-
-    Not yet: the harness (`python -m benchmarks.run attention_gpu`) has not run them on a GPU, so nobody is given
-    kernels that only an interpreter and a compiler have seen. They are there by name.
-    """
-    return False
-
-
-def unsupported_reason(
-    *, dtype, head_dim: int, value_dim: int, options: dict[str, Any], varying: bool,
-    atomic: bool = False,
-) -> str | None:  # fmt: skip
-    """Why the kernels cannot run a call that the operator accepts, or None.
-
-    Args:
-      dtype, head_dim, value_dim: of query and value.
-      options: the keyword arguments of `gqa_attention`.
-      varying: whether the arrays are typed as varying over mesh axes.
-      atomic: whether dq is to be added up by atomics.
-    """
+def unsupported_reason(call: Call, *, atomic: bool = False) -> str | None:
+    """Why the kernels cannot run a call that the operator accepts, or None; `atomic`: adding up dq by atomics."""
+    head_dim, options = call.head_dim, call.options
+    if call.is_symbolic:
+        return _dispatch.SYMBOLIC
     machine = _dispatch.target().not_hopper()
     if machine is not None:
         return machine
-    if jnp.dtype(dtype).name not in DTYPES:
-        return f"it needs float16 or bfloat16, got {jnp.dtype(dtype).name}"
+    if jnp.dtype(call.dtype).name not in DTYPES:
+        return f"it needs float16 or bfloat16, got {jnp.dtype(call.dtype).name}"
     if head_dim not in HEAD_DIMS:
         return f"D must be one of {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
     if atomic and head_dim not in ATOMIC_HEAD_DIMS:
         return f"dk and dv of D = {head_dim} leave no registers for dq: `mosaic_gpu` makes it in a second kernel"
-    if value_dim != head_dim:
-        return f"it needs Dv == D, got {value_dim} and {head_dim}"
+    if call.value_dim != head_dim:
+        return f"it needs Dv == D, got {call.value_dim} and {head_dim}"
     if options["scale"] is not None and not options["scale"] > 0:
         return f"it needs a positive `scale`, got {options['scale']}"
     for name in ("mask", "bias", "query_positions"):
@@ -240,6 +222,6 @@ def unsupported_reason(
         return "it needs the same array as `query_cu_seqlens` and `kv_cu_seqlens`"
     if options["dropout_rate"] > 0.0:
         return "it has no dropout"
-    if varying:
+    if call.is_varying:
         return _sharding.UNTYPED
     return None

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _dispatch, _sharding
+from pallas_kernels.delta_rule.tuning import Call
 
 # Tokens of a chunk: the rows of one wgmma instruction. Every kernel is written for it.
 CHUNK = 64
@@ -238,44 +239,27 @@ def _registers_error(config: Any, taking: str, giving: str) -> str | None:
     )
 
 
-def preferred() -> bool:
-    """Whether `implementation=None` takes these kernels before the chunk form in XLA.
-
-    Not yet: they have not run on a GPU, so nobody is given kernels that only an interpreter and a compiler have seen.
-    They are there by name.
-    """
-    return False
-
-
-def unsupported_reason(
-    *, dtypes: tuple[Any, ...], key_dim: int, value_dim: int, per_channel: bool, chunk_size: int | None,
-    varying: bool,
-) -> str | None:  # fmt: skip
-    """Why the kernels cannot run a call that the operator accepts, or None.
-
-    Args:
-      dtypes: of query, key and value.
-      per_channel: whether g holds a decay per key channel.
-      chunk_size: as the caller gave it.
-      varying: whether the arrays are typed as varying over mesh axes.
-    """
+def unsupported_reason(call: Call) -> str | None:
+    """Why the kernels cannot run a call that the operator accepts, or None."""
+    if call.is_symbolic:
+        return _dispatch.SYMBOLIC
     machine = _dispatch.target().not_hopper()
     if machine is not None:
         return machine
-    for dtype in dtypes:
+    for dtype in call.dtypes:
         if jnp.dtype(dtype).name not in DTYPES:
             return f"it needs float16 or bfloat16, got {jnp.dtype(dtype).name}"
-    query, key = (jnp.dtype(dtype).name for dtype in dtypes[:2])
+    query, key = (jnp.dtype(dtype).name for dtype in call.dtypes[:2])
     if query != key:
         return f"it needs query and key of one dtype, got {query} and {key}"
-    for letter, dim in (("Dk", key_dim), ("Dv", value_dim)):
+    for letter, dim in ((letter, call.sizes[letter]) for letter in ("Dk", "Dv")):
         if dim > HEAD_DIMS[-1]:
             # At 256 the state of 64 value channels alone would fill 128 registers of every thread.
             return f"{letter} must be at most {HEAD_DIMS[-1]}, got {dim}"
-    if per_channel:
+    if call.per_channel:
         return "it has no decay per key channel"
-    if chunk_size not in (None, CHUNK):
-        return f"its chunks hold {CHUNK} tokens, got `chunk_size={chunk_size}`"
-    if varying:
+    if call.chunk_size not in (None, CHUNK):
+        return f"its chunks hold {CHUNK} tokens, got `chunk_size={call.chunk_size}`"
+    if call.is_varying:
         return _sharding.UNTYPED
     return None

@@ -38,14 +38,12 @@ def state_dtype(state, value) -> Any:
 def run(
     implementation: str, options: Options, tokens: Tokens, state, slots
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """`(out, state after, states or None)`; the state's dtype is kept."""
-    if implementation == "reference":
-        return recurrence(options, tokens, state, slots)
+    """`(out, state after, states or None)` by a kernel; the state's dtype is kept."""
     return _program(implementation, options, tokens, state, slots)
 
 
 def recurrence(options: Options, tokens: Tokens, state, slots):
-    """What `run` returns, in XLA."""
+    """`(out, state after, states or None)` in XLA; the state's dtype is kept."""
     compute = algebra.compute_dtype(tokens.value.dtype)
     rows, segment_ids = state, None
     if slots is not None:

@@ -1,6 +1,7 @@
 """Tiles of the decode kernels, each with its reason, and what those kernels cannot do."""
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -55,57 +56,56 @@ def triton_config(*, key_dim: int, value_dim: int) -> StepConfig:
     return StepConfig(min(columns, value_dim), warps=1)
 
 
-def preferred(implementation: str) -> bool:
-    """Whether `implementation=None` takes this kernel before the recurrence in XLA.
+class Call(NamedTuple):
+    """What decides which kernel can run a step.
 
-    Not yet: `python -m benchmarks.run delta_rule_gpu` has not run them on a GPU, so nobody is given kernels that only
-    an interpreter and a compiler have seen. They are there by name.
-    """
-    del implementation
-    return False
-
-
-def unsupported_reason(
-    implementation: str, *, dtypes, state_dtype, key_dim: int, value_dim: int, varying: bool,
-) -> str | None:  # fmt: skip
-    """Why `implementation` cannot run a step that the operator accepts, or None.
-
-    Args:
-      implementation: "reference", "mosaic_gpu" or "triton".
+    Attributes:
       dtypes: of query, key and value.
       state_dtype: of the state after the operator's cast.
       key_dim, value_dim: Dk, Dv.
-      varying: whether the arrays are typed as varying over mesh axes.
+      is_varying: whether the arrays are typed as varying over mesh axes.
     """
-    if implementation == "reference":
-        return None
-    machine = _machine_reason(implementation)
-    if machine is not None:
-        return machine
-    for dtype in (*dtypes, state_dtype):
-        if jnp.dtype(dtype).name not in DTYPES:
-            return f"it needs {', '.join(DTYPES)}, got {jnp.dtype(dtype).name}"
-    if varying:
-        return "it updates the state in place, which `jax.shard_map` allows with `check_vma=False` only"
-    if implementation == "mosaic_gpu":
-        if key_dim % 16 or not 16 <= key_dim <= 256:
-            return f"Dk must be a multiple of 16 up to 256, got {key_dim}"
-        multiple = 64 if jnp.dtype(state_dtype).itemsize == 2 else 32
-        if value_dim % multiple:
-            return f"Dv must be a multiple of {multiple}, got {value_dim}"
-        return None
-    for name, size in (("Dk", key_dim), ("Dv", value_dim)):
+
+    dtypes: Any
+    state_dtype: Any
+    key_dim: int
+    value_dim: int
+    is_varying: bool
+
+
+def mosaic_gpu_reason(call: Call) -> str | None:
+    """Why "mosaic_gpu" cannot run a step that the operator accepts, or None."""
+    reason = _dispatch.target().not_hopper() or _array_reason(call)
+    if reason is not None:
+        return reason
+    if call.key_dim % 16 or not 16 <= call.key_dim <= 256:
+        return f"Dk must be a multiple of 16 up to 256, got {call.key_dim}"
+    multiple = 64 if jnp.dtype(call.state_dtype).itemsize == 2 else 32
+    if call.value_dim % multiple:
+        return f"Dv must be a multiple of {multiple}, got {call.value_dim}"
+    return None
+
+
+def triton_reason(call: Call) -> str | None:
+    """Why "triton" cannot run a step that the operator accepts, or None."""
+    capability = _dispatch.target().compute_capability
+    if capability is None:
+        return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
+    if float(capability) < 8.0:
+        return f"it needs compute capability 8.0 or newer, this is {capability}"
+    reason = _array_reason(call)
+    if reason is not None:
+        return reason
+    for name, size in (("Dk", call.key_dim), ("Dv", call.value_dim)):
         if size & (size - 1) or not 16 <= size <= 256:
             return f"{name} must be 16, 32, 64, 128 or 256, got {size}"
     return None
 
 
-def _machine_reason(implementation: str) -> str | None:
-    target = _dispatch.target()
-    if implementation == "mosaic_gpu":
-        return target.not_hopper()
-    if target.compute_capability is None:
-        return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
-    if float(target.compute_capability) < 8.0:
-        return f"it needs compute capability 8.0 or newer, this is {target.compute_capability}"
+def _array_reason(call: Call) -> str | None:
+    for dtype in (*call.dtypes, call.state_dtype):
+        if jnp.dtype(dtype).name not in DTYPES:
+            return f"it needs {', '.join(DTYPES)}, got {jnp.dtype(dtype).name}"
+    if call.is_varying:
+        return "it updates the state in place, which `jax.shard_map` allows with `check_vma=False` only"
     return None

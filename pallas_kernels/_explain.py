@@ -4,26 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 from pallas_kernels import _dispatch
-from pallas_kernels.attention import api as attention
-from pallas_kernels.causal_conv import api as causal_conv
-from pallas_kernels.decode import api as decode
-from pallas_kernels.delta_rule import api as delta_rule
-from pallas_kernels.deltanet import api as deltanet
-
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (
-        attention.gqa_attention,
-        attention.gqa_attention_qkv,
-        attention.gqa_attention_with_lse,
-        delta_rule.gated_delta_rule,
-        delta_rule.gated_delta_rule_step,
-        deltanet.gated_deltanet_step,
-        causal_conv.causal_conv1d,
-        causal_conv.causal_conv1d_qkv,
-        decode.decode_attention,
-    )
-}
 
 
 def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> _dispatch.Explanation:
@@ -43,11 +23,12 @@ def explain(operator: str | Callable[..., Any], *args: Any, **kwargs: Any) -> _d
       gqa_attention
     """
     name = operator if isinstance(operator, str) else getattr(operator, "__name__", "")
-    if name not in tuple(_OPERATORS):
-        raise ValueError(f"`operator` must be one of {', '.join(_OPERATORS)}, got {operator!r}")
+    if name not in tuple(_dispatch.OPERATORS):
+        known = ", ".join(_dispatch.OPERATORS)
+        raise ValueError(f"`operator` must be one of {known}, got {operator!r}")
     before = _dispatch.EXPLAINING.set(True)
     try:
-        _OPERATORS[name](*args, **kwargs)
+        _dispatch.OPERATORS[name](*args, **kwargs)
     except _dispatch.Explained as explained:
         return explained.explanation
     finally:
