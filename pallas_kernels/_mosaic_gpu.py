@@ -9,9 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels import _dispatch
 
+# A reference to memory of the GPU inside a kernel, for which Pallas has no public type.
+Ref = Any
 LOG2E = 1.4426950408889634
 # Threads of a warpgroup; the unit in which a kernel is specialised.
 WARPGROUP = 128
@@ -50,7 +53,7 @@ def kernel_options() -> dict[str, Any]:
     return options
 
 
-def transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
+def transforms(columns: int, dtype: DTypeLike) -> tuple[Any, ...]:
     """How a `[rows, columns]` tile lies in shared memory so that both TMA and wgmma read it without conflicts."""
     size = jnp.dtype(dtype).itemsize
     swizzle = next(s for s in (128, 64, 32) if columns * size % s == 0)
@@ -58,7 +61,7 @@ def transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
     return tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
-def tile(shape: tuple[int, ...], dtype: Any) -> Any:
+def tile(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
     """A matrix (or several) in shared memory, for TMA and wgmma."""
     return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.aot.case import Case, Program
 from pallas_kernels.attention.hopper import bwd, fwd, tuning
@@ -27,7 +28,7 @@ class AttentionShape:
     soft_cap: float | None = None
     sinks: bool = False
     fused: bool = False
-    dtype: Any = jnp.bfloat16
+    dtype: DTypeLike = jnp.bfloat16
 
     @property
     def visible_pairs(self) -> float:

@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import _dispatch
 
@@ -67,7 +68,7 @@ class Call(NamedTuple):
       is_varying: whether the arrays are typed as varying over mesh axes.
     """
 
-    dtype: Any
+    dtype: DTypeLike
     head_dim: int
     value_dim: int
     lengths: tuple[Any, Any]

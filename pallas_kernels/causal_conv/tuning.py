@@ -1,8 +1,9 @@
 """Tiles of the convolution kernels, each with its reason, and what those kernels cannot do."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import _dispatch, _sharding
 
@@ -47,7 +48,7 @@ class Call(NamedTuple):
       is_varying: whether the arrays are typed as varying over mesh axes.
     """
 
-    dtype: Any
+    dtype: DTypeLike
     sizes: dict[str, int]
     key_dim: int
     value_dim: int

@@ -1,7 +1,10 @@
 """Sizes that measurement chose, and which implementation can run a call."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jax.typing import DTypeLike
 
 from pallas_kernels import _dispatch
 
@@ -68,7 +71,7 @@ class Call(NamedTuple):
     """
 
     sizes: dict[str, int]
-    dtypes: tuple[Any, ...]
+    dtypes: Sequence[DTypeLike]
     per_channel: bool
     scale: float
     use_qk_l2norm: bool

@@ -1,6 +1,9 @@
 """What the fused decode kernels cannot do. Their tiles are those of `delta_rule/step/tuning.py`."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jax.typing import DTypeLike
 
 from pallas_kernels.delta_rule.step import tuning as delta_rule
 
@@ -18,8 +21,8 @@ class Call(NamedTuple):
       is_varying: whether the arrays are typed as varying over mesh axes.
     """
 
-    dtypes: Any
-    state_dtype: Any
+    dtypes: Sequence[DTypeLike]
+    state_dtype: DTypeLike
     key_dim: int
     value_dim: int
     is_varying: bool

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels import _mosaic_gpu
 from pallas_kernels._mosaic_gpu import LOG2E, ROWS
@@ -54,7 +55,7 @@ class Shapes:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    dtype: Any
+    dtype: DTypeLike
     mask: masks.Mask
     scale: float
     soft_cap: float | None

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels import _mosaic_gpu
 from pallas_kernels.causal_conv.tuning import HALO
@@ -25,7 +26,7 @@ class Shapes:
     key_dim: int
     value_dim: int
     group: int
-    dtype: Any
+    dtype: DTypeLike
     taps: bool
     state: bool
     bias: bool

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.aot.case import Case, Program
 from pallas_kernels.delta_rule import order
@@ -23,7 +24,7 @@ class DeltaShape:
     value_heads: int = 32
     dim: int = 128
     segments: bool = False
-    dtype: Any = jnp.bfloat16
+    dtype: DTypeLike = jnp.bfloat16
     use_qk_l2norm: bool = True
 
     @property

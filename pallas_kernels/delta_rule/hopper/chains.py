@@ -24,9 +24,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels import _mosaic_gpu
-from pallas_kernels._mosaic_gpu import ROWS
+from pallas_kernels._mosaic_gpu import ROWS, Ref
 from pallas_kernels.delta_rule import order
 from pallas_kernels.delta_rule.hopper.chunk import (
     HALF,
@@ -70,7 +71,7 @@ class Shapes:
     key_dim: int
     value_dim: int
     given: Any
-    value_dtype: Any
+    value_dtype: DTypeLike
     use_qk_l2norm: bool
     scale: float
     segments: bool
@@ -135,16 +136,16 @@ def decayed_scores(shapes: Shapes, queries, keys, table, places=places):
 class Chain(NamedTuple):
     """References of one chain: what it reads and writes in device memory."""
 
-    query: Any  # None going forwards
-    key: Any
-    tokens: Any  # the value going forwards, dO going backwards
-    inverse: Any
-    tables: Any
-    edge: Any  # [rows, Hv, Dv, Dk] float32: the start state, or going backwards the cotangent of the last
-    spans: Any  # int32 [rows, 3]: the row of tokens, first chunk and number of chunks of each state
-    units: Any  # [3, z, Hv] float32, rows as UNITS
-    states: Any  # written
-    end: Any  # written going backwards, else None
+    query: Ref  # None going forwards
+    key: Ref
+    tokens: Ref  # the value going forwards, dO going backwards
+    inverse: Ref
+    tables: Ref
+    edge: Ref  # [rows, Hv, Dv, Dk] float32: the start state, or going backwards the cotangent of the last
+    spans: Ref  # int32 [rows, 3]: the row of tokens, first chunk and number of chunks of each state
+    units: Ref  # [3, z, Hv] float32, rows as UNITS
+    states: Ref  # written
+    end: Ref  # written going backwards, else None
 
     @property
     def backwards(self) -> bool:
@@ -154,15 +155,15 @@ class Chain(NamedTuple):
 class Place(NamedTuple):
     """Where a block of a chain stands."""
 
-    state: Any  # row of the states
-    row: Any  # of the tokens
-    first: Any  # chunk
-    steps: Any
-    head: Any
-    key_head: Any
-    column: Any  # first value column
-    per_unit: Any  # what the chain's tokens are multiplied by: a power of two
-    asked: Any  # another, above all queries
+    state: jax.Array  # row of the states
+    row: jax.Array  # of the tokens
+    first: jax.Array  # chunk
+    steps: jax.Array
+    head: jax.Array
+    key_head: jax.Array
+    column: jax.Array  # first value column
+    per_unit: jax.Array  # what the chain's tokens are multiplied by: a power of two
+    asked: jax.Array  # another, above all queries
 
 
 def locate(shapes: Shapes, chain: Chain) -> Place:

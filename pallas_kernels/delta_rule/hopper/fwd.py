@@ -36,7 +36,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mosaic_gpu
-from pallas_kernels._mosaic_gpu import ROWS
+from pallas_kernels._mosaic_gpu import ROWS, Ref
 from pallas_kernels.delta_rule import order
 from pallas_kernels.delta_rule.hopper.chunk import (
     HALF,
@@ -89,7 +89,7 @@ class Shapes:
     given: Any
     use_qk_l2norm: bool
     scale: float
-    value_dtype: Any
+    value_dtype: Any  # of no meaning without values
     segments: bool
     values: bool
     output: bool
@@ -104,22 +104,22 @@ class Shapes:
 class Inputs(NamedTuple):
     """References to device memory; None where the kernel has no such input."""
 
-    query: Any
-    key: Any
-    value: Any
-    inverse: Any
-    tables: Any
-    start: Any  # divided by `unit`
-    unit: Any  # [rows, Hv]
-    spans: Any  # [rows, 3]: row of the tokens, first chunk, chunks
+    query: Ref
+    key: Ref
+    value: Ref
+    inverse: Ref
+    tables: Ref
+    start: Ref  # divided by `unit`
+    unit: Ref  # [rows, Hv]
+    spans: Ref  # [rows, 3]: row of the tokens, first chunk, chunks
 
 
 class Outputs(NamedTuple):
     """References to device memory."""
 
-    out: Any
-    final: Any  # divided by `unit`
-    unit: Any  # [rows, Hv, splits, 64], each of the 64 the same
+    out: Ref
+    final: Ref  # divided by `unit`
+    unit: Ref  # [rows, Hv, splits, 64], each of the 64 the same
 
 
 def scratch_spec(shapes: Shapes) -> dict[str, Any]:
@@ -151,13 +151,13 @@ def scratch_spec(shapes: Shapes) -> dict[str, Any]:
 class Block(NamedTuple):
     """Where one block stands."""
 
-    row: Any  # of the states
-    source: Any  # row of the tokens
-    head: Any
-    key_head: Any
-    channel: Any  # first value channel
-    first: Any  # first chunk
-    chunks: Any
+    row: jax.Array  # of the states
+    source: jax.Array  # row of the tokens
+    head: jax.Array
+    key_head: jax.Array
+    channel: jax.Array  # first value channel
+    first: jax.Array  # first chunk
+    chunks: jax.Array
 
 
 def locate(shapes: Shapes, inputs: Inputs) -> Block:

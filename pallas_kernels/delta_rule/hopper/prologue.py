@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels import _mosaic_gpu
 from pallas_kernels.delta_rule import algebra, order
@@ -234,7 +235,7 @@ def role(shapes: Shapes, inputs: Inputs, outputs: Prologue, s) -> None:
 
 
 def prologue(
-    key: jax.Array, gates: order.Gates, *, use_qk_l2norm: bool = False, dtype: Any = HALF
+    key: jax.Array, gates: order.Gates, *, use_qk_l2norm: bool = False, dtype: DTypeLike = HALF
 ) -> Prologue:
     """T, in `dtype`, and the table of gates of every chunk.
 

@@ -6,10 +6,10 @@ machine code comes by way of `aot.triton_ptx`). None has tensor-core instruction
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 import pallas_kernels as pk
 from pallas_kernels.aot.case import Case, Program
@@ -28,8 +28,8 @@ class DeltaStepShape:
     group: int = 2
     dim: int = 128
     width: int = 4
-    state_dtype: Any = jnp.float32
-    dtype: Any = jnp.bfloat16
+    state_dtype: DTypeLike = jnp.float32
+    dtype: DTypeLike = jnp.bfloat16
 
     @property
     def value_heads(self) -> int:

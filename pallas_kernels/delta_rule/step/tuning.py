@@ -1,9 +1,11 @@
 """Tiles of the decode kernels, each with its reason, and what those kernels cannot do."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import _dispatch
 
@@ -66,8 +68,8 @@ class Call(NamedTuple):
       is_varying: whether the arrays are typed as varying over mesh axes.
     """
 
-    dtypes: Any
-    state_dtype: Any
+    dtypes: Sequence[DTypeLike]
+    state_dtype: DTypeLike
     key_dim: int
     value_dim: int
     is_varying: bool

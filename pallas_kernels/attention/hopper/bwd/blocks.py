@@ -1,14 +1,16 @@
 """What the backward kernels share: their static shapes, where a block stands, the weights of a tile."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels import _mosaic_gpu
-from pallas_kernels._mosaic_gpu import LOG2E, ROWS
+from pallas_kernels._mosaic_gpu import LOG2E, ROWS, Ref
 from pallas_kernels.attention.hopper import mask as masks
 from pallas_kernels.attention.hopper.tuning import BackwardConfig
 
@@ -27,7 +29,7 @@ class Shapes:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    dtype: Any
+    dtype: DTypeLike
     mask: masks.Mask
     scale: float
     soft_cap: float | None
@@ -61,25 +63,25 @@ class Shapes:
 class Inputs(NamedTuple):
     """References to device memory; None where the call has no such input."""
 
-    query: Any
-    key: Any
-    value: Any
-    cotangent: Any  # [B, T, N, D]
-    lse: Any  # [B, N, T'], log2 units, +inf where a row sees nothing or does not exist
-    delta: Any  # [B, N, T']
-    offsets: Any
-    query_ids: Any
-    key_ids: Any
-    bounds: Any
+    query: Ref
+    key: Ref
+    value: Ref
+    cotangent: Ref  # [B, T, N, D]
+    lse: Ref  # [B, N, T'], log2 units, +inf where a row sees nothing or does not exist
+    delta: Ref  # [B, N, T']
+    offsets: Ref
+    query_ids: Ref
+    key_ids: Ref
+    bounds: Ref
 
 
 class Block(NamedTuple):
     """Where one block stands."""
 
-    batch: Any
-    head: Any  # of the queries (dq) or of the keys (dk_dv)
-    first: Any  # first token of its rows
-    offset: Any
+    batch: jax.Array
+    head: jax.Array  # of the queries (dq) or of the keys (dk_dv)
+    first: jax.Array  # first token of its rows
+    offset: jax.Array | int
     tiles: masks.Tiles
 
 
