@@ -1,6 +1,7 @@
 """PyTorch and Hugging Face call the operators and modules of this distribution.
 
-Importing this package needs no PyTorch; using what needs it says so. `huggingface` and `export` are submodules.
+Importing this package needs no PyTorch; using what needs it says so. The modules `huggingface` and `export` load when
+first used, and `huggingface` imports transformers only when called.
 """
 
 import importlib
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
     from interop.dlpack import to_torch as to_torch
     from interop.dlpack import tree_to_jax as tree_to_jax
     from interop.dlpack import tree_to_torch as tree_to_torch
+    from interop.operators import AttentionOutput as AttentionOutput
+    from interop.operators import CausalConvOutput as CausalConvOutput
+    from interop.operators import GatedDeltaRuleOutput as GatedDeltaRuleOutput
     from interop.operators import attention as attention
+    from interop.operators import attention_with_lse as attention_with_lse
+    from interop.operators import causal_conv1d as causal_conv1d
+    from interop.operators import decode_attention as decode_attention
     from interop.operators import gated_delta_rule as gated_delta_rule
     from interop.operators import gated_delta_rule_step as gated_delta_rule_step
     from interop.programs import RecompilationWarning as RecompilationWarning
@@ -36,7 +43,9 @@ if TYPE_CHECKING:
     from interop.torch_modules import disable_kv_cache as disable_kv_cache
     from interop.torch_modules import local_kv_cache as local_kv_cache
 
-_HOME = {  # public name -> the module that defines it; all of them import torch
+_HOME = {  # public name -> the module that defines it, or is it; all of them import torch
+    "export": "interop.export",
+    "huggingface": "interop.huggingface",
     "to_jax": "interop.dlpack",
     "to_torch": "interop.dlpack",
     "tree_to_jax": "interop.dlpack",
@@ -47,7 +56,13 @@ _HOME = {  # public name -> the module that defines it; all of them import torch
     "pad_to": "interop.bucketing",
     "RecompilationWarning": "interop.programs",
     "wrap": "interop.torch_function",
+    "AttentionOutput": "interop.operators",
+    "CausalConvOutput": "interop.operators",
+    "GatedDeltaRuleOutput": "interop.operators",
     "attention": "interop.operators",
+    "attention_with_lse": "interop.operators",
+    "causal_conv1d": "interop.operators",
+    "decode_attention": "interop.operators",
     "gated_delta_rule": "interop.operators",
     "gated_delta_rule_step": "interop.operators",
     "CrossAttention": "interop.torch_modules",
@@ -70,7 +85,8 @@ def __getattr__(name: str):
         raise ImportError(
             f"interop.{name} needs PyTorch, which is not installed: pip install 'gqa-jax[torch]'"
         )
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    module = importlib.import_module(_HOME[name])
+    value = module if module.__name__ == f"interop.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -1,7 +1,7 @@
 """Errors about what the caller passed, in one grammar: "`argument` must <rule>, got <value>"."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,17 @@ def check_integer(name: str, array: Any) -> None:
     """Raises `TypeError` unless `array` is an integer array."""
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"`{name}` must be an integer array, got {array.dtype}")
+
+
+def check_offsets(name: str, offsets: Any, letter: str, sizes: Mapping[str, int]) -> None:
+    """Raises `ValueError` unless values that can be read rise from 0 to at most `sizes[letter]`."""
+    if isinstance(offsets, Tracer | jax.ShapeDtypeStruct):
+        return
+    values = np.asarray(offsets)
+    if values[0] != 0 or (np.diff(values) < 0).any() or values[-1] > sizes[letter]:
+        raise ValueError(
+            f"`{name}` must rise from 0 to at most {letter}={sizes[letter]}, got {values.tolist()}"
+        )
 
 
 def as_int32(name: str, array: Any) -> Any:

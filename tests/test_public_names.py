@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
@@ -85,3 +86,42 @@ print(*(getattr(gqa_jax, name).__name__ for name in gqa_jax._ROOMS), training.tr
     assert out.split() == [*gqa_jax._ROOMS.values(), "train_step"]
     with pytest.raises(AttributeError, match="no attribute 'chekpoint'"):
         gqa_jax.chekpoint  # noqa: B018
+
+
+def test_modules_of_the_bridge_load_when_first_used():
+    code = """
+import sys, interop
+assert not {"torch", "interop.export", "interop.huggingface"} & sys.modules.keys()
+assert {"export", "huggingface"} <= set(dir(interop))
+print(interop.huggingface.__name__, interop.export.export_operator.__name__)
+assert interop.huggingface is sys.modules["interop.huggingface"]
+"""
+    pytest.importorskip("torch")
+    assert in_fresh_process(code, ("transformers",)).split() == [
+        "interop.huggingface",
+        "export_operator",
+    ]
+
+
+@pytest.mark.parametrize("name", ["export", "huggingface", "attention"])
+def test_what_needs_torch_says_so(name):
+    code = f"""
+import interop, importlib.util
+importlib.util.find_spec = lambda name: None
+try:
+    interop.{name}
+except ImportError as error:
+    print(error)
+"""
+    assert f"interop.{name} needs PyTorch" in in_fresh_process(code, ("torch",))
+
+
+def test_every_public_name_of_the_bridge_is_declared_and_documented():
+    pytest.importorskip("torch")
+    import interop
+
+    declared = inspect.getsource(interop)
+    for name in interop._HOME:
+        value = getattr(interop, name)
+        assert (value.__doc__ or "").strip(), name
+        assert isinstance(value, ModuleType) or f"{name} as {name}" in declared, name

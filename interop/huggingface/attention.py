@@ -10,8 +10,8 @@ from torch import Tensor
 import pallas_kernels
 from interop.autocast import autocast
 from interop.bucketing import bucket_length, pad_to
+from interop.dropout import draw_seed, dropout_key
 from interop.huggingface.arguments import documents, ids_of_positions, may_pad, refuse_unknown
-from interop.operators import draw_seed, dropout_key
 from interop.torch_function import wrap
 
 _INSTEAD = {

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import gqa_jax
 from gqa_jax.layers.cross_attention import sees_something
+from interop.dropout import draw_seed, dropout_key
 from interop.integers import as_int32
-from interop.operators import draw_seed, dropout_key
 from interop.torch_function import wrap
 from interop.torch_modules.jax_cache import JaxBacked
 from interop.torch_modules.self_attention import add_parameters, by_group, give_weights, project

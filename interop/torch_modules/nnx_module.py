@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 
 from interop.dlpack import to_torch
-from interop.operators import draw_seed
+from interop.dropout import draw_seed
 from interop.torch_function import wrap
 from interop.torch_modules.jax_cache import JaxBacked
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import gqa_jax
 from interop.dlpack import dtype_to_jax
+from interop.dropout import draw_seed, dropout_key
 from interop.integers import as_int32
-from interop.operators import draw_seed, dropout_key
 from interop.torch_function import wrap
 from interop.torch_modules.jax_cache import (
     CacheOwner,

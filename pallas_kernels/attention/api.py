@@ -116,7 +116,7 @@ def gqa_attention(
       query_positions, kv_positions: `[B, T]`, `[B, S]`; what `is_causal` and `sliding_window` compare, in any order.
       query_cu_seqlens, kv_cu_seqlens: `[num_sequences + 1]`, starts of sequences packed along T and S, then the end of
         the last; B must be 1. Sequence i of the queries sees sequence i of the keys, positions counting from 0
-        in each; tokens behind the last end are padding. Values are not read, so they are not checked.
+        in each; tokens behind the last end are padding.
       sinks: `[N]` float: one more logit per head, which takes softmax mass and gives nothing; differentiable.
         Zeros are "softmax off by one".
       logits_soft_cap: `cap * tanh(logits / cap)`.
@@ -405,6 +405,8 @@ def _check_places(options, sizes) -> None:
         raise ValueError(f"`query_cu_seqlens` must come with B=1, got B={sizes['B']}")
     if packed and options["query_cu_seqlens"].shape[0] < 2:
         raise ValueError("`query_cu_seqlens` must hold at least two entries, got 1")
+    for name, letter in (("query_cu_seqlens", "T"), ("kv_cu_seqlens", "S")) if packed else ():
+        _checks.check_offsets(name, options[name], letter, sizes)
     offset = options["q_offset"]
     if _is_int(offset):
         _checks.as_int32("q_offset", np.asarray(offset))

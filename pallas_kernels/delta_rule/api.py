@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch, _sharding
@@ -338,13 +337,7 @@ def _check_cu_seqlens(cu_seqlens, segment_ids, sizes) -> None:
         raise ValueError("`cu_seqlens` must be None when `segment_ids` is given, got both")
     if sizes["B"] != 1:
         raise ValueError(f"`cu_seqlens` must come with B=1, got B={sizes['B']}")
-    if isinstance(cu_seqlens, jax.core.Tracer | jax.ShapeDtypeStruct):
-        return
-    values = np.asarray(cu_seqlens)
-    if values[0] != 0 or (np.diff(values) < 0).any() or values[-1] > sizes["T"]:
-        raise ValueError(
-            f"`cu_seqlens` must rise from 0 to at most T={sizes['T']}, got {values.tolist()}"
-        )
+    _checks.check_offsets("cu_seqlens", cu_seqlens, "T", sizes)
 
 
 def _check_step(query, key, value, g, beta, state, slots) -> dict[str, int]:

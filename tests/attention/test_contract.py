@@ -352,3 +352,15 @@ def test_hash_flips_half_of_the_bits():
         difference = np.asarray(algebra._mix(words) ^ algebra._mix(words ^ jnp.uint32(1 << bit)))
         flipped = np.unpackbits(difference.view(np.uint8)).mean()
         assert abs(flipped - 0.5) < 0.06, bit
+
+
+@pytest.mark.parametrize("values", [[0, 4, 3, 5], [0, 6], [1, 5], [0, -1, 5]])
+@pytest.mark.parametrize("name", ["query_cu_seqlens", "kv_cu_seqlens"])
+def test_offsets_rise_from_zero_where_they_can_be_read(name, values):
+    q = jnp.ones((1, 5, 2, 4))
+    right = jnp.array([0] * (len(values) - 1) + [5])
+    offsets = dict(query_cu_seqlens=right, kv_cu_seqlens=right)
+    packed = lambda given: pk.gqa_attention(q, q, q, **offsets | {name: given})
+    with pytest.raises(ValueError, match=rf"`{name}` must rise from 0 to at most [TS]=5, got \["):
+        packed(jnp.array(values))
+    assert jax.jit(packed)(jnp.array(values)).shape == q.shape  # nobody can look there

@@ -1,6 +1,7 @@
 """The functional operators against PyTorch's own attention and a token-by-token recurrence."""
 
 import concurrent.futures
+import inspect
 import itertools
 
 import pytest
@@ -54,6 +55,7 @@ def test_attention_options_reach_the_operator():
     defaults = dict(
         scale=None, is_causal=False, causal_alignment="upper_left", q_offset=None, sliding_window=None, mask=None,
         bias=None, query_segment_ids=None, kv_segment_ids=None, query_positions=None, kv_positions=None, sinks=None,
+        query_cu_seqlens=None, kv_cu_seqlens=None,
         logits_soft_cap=None, dropout_rate=0.0, dropout_seed=None, implementation=None,
     )  # fmt: skip
     plain = interop.attention(query, key, value)
@@ -69,6 +71,10 @@ def test_attention_options_reach_the_operator():
         "sinks": {"sinks": torch.zeros(4)},
         "cap": {"logits_soft_cap": 0.5},
         "dropout": {"dropout_rate": 0.5},
+        "packed": {
+            "query_cu_seqlens": torch.tensor([0, 2, 4]),
+            "kv_cu_seqlens": torch.tensor([0, 1, 4]),
+        },
     }
     for name, options in changed.items():
         out = interop.attention(query, key, value, **options)
@@ -272,12 +278,101 @@ def test_operators_compile_whole():
 
     def model(q, k, v, g, beta):
         mixed = interop.gated_delta_rule(q, k, v, g, beta, use_qk_l2norm=True).out
-        return interop.attention(mixed, mixed, mixed, is_causal=True, scale=0.3).sin().sum()
+        out, lse = interop.attention_with_lse(mixed, mixed, mixed, is_causal=True, scale=0.3)
+        ends = torch.tensor([0, 2, 6])
+        packed = dict(query_cu_seqlens=ends, kv_cu_seqlens=ends)
+        mixed = interop.causal_conv1d(mixed.flatten(2)[:1], torch.ones(2, 12)).out.view(1, 6, 4, 3)
+        return out.sin().sum() + lse.sum() + interop.attention(mixed, mixed, mixed, **packed).sum()
 
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     pairs = (torch.autograd.grad(f(*tensors), tensors) for f in (compiled, model))
     for mine, its in zip(*pairs, strict=True):
         assert_close(mine, its, atol=1e-5)
+
+
+def test_packed_rows_of_attention_are_rows_alone_and_give_their_lse():
+    tensors = leaves((1, 9, 4, 8), (1, 11, 2, 8), (1, 11, 2, 8))
+    rows, keys = torch.tensor([0, 4, 9]), torch.tensor([0, 3, 11], dtype=torch.uint8)
+    packed = interop.attention_with_lse(
+        *tensors,
+        query_cu_seqlens=rows,
+        kv_cu_seqlens=keys,
+        is_causal=True,
+        causal_alignment="bottom_right",
+    )
+    pairs = [itertools.pairwise(x.tolist()) for x in (rows, keys)]
+    outs, sums = [], []
+    for (a, b), (c, d) in zip(*pairs, strict=True):
+        q, k, v = tensors[0][0, a:b], *(x[0, c:d].repeat_interleave(2, 1) for x in tensors[1:])
+        logits = torch.einsum("tnd,snd->nts", q, k) * 8**-0.5
+        hidden = torch.ones(b - a, d - c).tril(d - c - (b - a)) == 0
+        logits = logits.masked_fill(hidden, -torch.inf)
+        sums.append(logits.logsumexp(-1).T)
+        outs.append(torch.einsum("nts,snd->tnd", logits.softmax(-1).nan_to_num(0.0), v))
+    assert_close(packed.out[0], torch.cat(outs), atol=1e-5)
+    assert_close(packed.lse[0][1:], torch.cat(sums)[1:], atol=1e-5)  # the first row sees nothing
+    compare(packed.lse[0, 4:], sums[1], tensors[:2])
+
+
+def test_attention_with_lse_takes_what_attention_takes():
+    query, key, value = leaves((1, 3, 4, 8), (1, 3, 2, 8), (1, 3, 2, 8))
+    names = [
+        inspect.signature(f).parameters for f in (interop.attention, interop.attention_with_lse)
+    ]
+    assert names[0] == names[1]
+    options = dict(
+        is_causal=True, logits_soft_cap=0.5, dropout_rate=0.5, q_offset=torch.tensor([1])
+    )
+    options["dropout_seed"] = torch.tensor([1, 2], dtype=torch.int32)
+    with_lse = interop.attention_with_lse(query, key, value, **options)
+    assert torch.equal(with_lse.out, interop.attention(query, key, value, **options))
+    with pytest.raises(TypeError, match=r"must be given options of `attention`, got \['causal'\]"):
+        interop.attention_with_lse(query, key, value, causal=True)
+
+
+def test_decode_attention_is_torchs_over_what_the_cache_holds():
+    (query,) = leaves((2, 2, 4, 8))
+    key, value = leaves((2, 2, 16, 8), (2, 2, 16, 8), seed=1)
+    lengths = torch.tensor([7, 16])  # int64
+    out = interop.decode_attention(query, key, value, lengths, sinks=torch.full((4,), -1e4))
+    expected = []
+    for row, length in enumerate(lengths.tolist()):
+        mask = torch.ones(2, length).tril(length - 2) == 1
+        q, k, v = query[row].transpose(0, 1), key[row, :, :length], value[row, :, :length]
+        expected.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                q[None], k[None], v[None], attn_mask=mask, enable_gqa=True
+            )[0].transpose(0, 1)
+        )
+    compare(out, torch.stack(expected), [query, key, value])
+    with pytest.raises(ValueError, match="`lengths` must be at most S=16 for some query, got 18"):
+        interop.decode_attention(query, key, value, torch.tensor([7, 18]))
+    small = (127 * key.detach() / key.detach().abs().amax(-1, keepdim=True)).round().to(torch.int8)
+    scale = key.detach().abs().amax(-1) / 127
+    quantised = interop.decode_attention(query, small, value, lengths, key_scale=scale)
+    assert 0 < (quantised - out).abs().max() < 0.1
+    with pytest.raises(ValueError, match="`key_scale` must be given with an int8 `key_cache`"):
+        interop.decode_attention(query, small, value, lengths)
+
+
+def test_causal_conv1d_is_torchs_and_continues():
+    x, weight, bias = leaves((2, 7, 6), (4, 6), (6,))
+    out = interop.causal_conv1d(x, weight, bias=bias, activation="silu").out
+    rows = torch.nn.functional.pad(x.transpose(1, 2), (3, 0))
+    expected = torch.nn.functional.conv1d(rows, weight.T[:, None], bias, groups=6)
+    compare(out, torch.nn.functional.silu(expected).transpose(1, 2), [x, weight, bias])
+    first = interop.causal_conv1d(x[:, :5], weight, bias=bias)
+    rest = interop.causal_conv1d(x[:, 5:], weight, bias=bias, initial_state=first.final_state)
+    whole = interop.causal_conv1d(x, weight, bias=bias)
+    assert_close(torch.cat((first.out, rest.out), 1), whole.out, atol=1e-6)
+    assert_close(rest.final_state, whole.final_state, atol=1e-6)
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2)
+    packed = interop.causal_conv1d(x, weight, bias=bias, segment_ids=ids)
+    assert_close(
+        packed.out[:, 3:], interop.causal_conv1d(x[:, 3:], weight, bias=bias).out, atol=1e-6
+    )
+    with pytest.raises(ValueError, match="`activation` must"):
+        interop.causal_conv1d(x, weight, activation="relu")
 
 
 @pytest.mark.parametrize("values", [[0, 8, 3, 10], [0, 4, 99], [3, 10], [0, -1, 10]])
@@ -289,6 +384,18 @@ def test_offsets_that_jax_refuses_are_refused(values):
             ValueError, match=r"`cu_seqlens` must rise from 0 to at most T=10, got \["
         ):
             interop.gated_delta_rule(*tokens, *gates, cu_seqlens=torch.tensor(values, dtype=dtype))
+        places, right = (
+            torch.tensor(values, dtype=dtype),
+            torch.tensor([0] * (len(values) - 1) + [10]),
+        )
+        for names in itertools.permutations(("query_cu_seqlens", "kv_cu_seqlens")):
+            letter = "T" if names[0][0] == "q" else "S"
+            with pytest.raises(
+                ValueError, match=rf"`{names[0]}` must rise from 0 to at most {letter}=10, got \["
+            ):
+                interop.attention(
+                    *tokens[:2], tokens[1], **dict(zip(names, (places, right), strict=True))
+                )
 
 
 def test_integers_that_do_not_fit_are_refused_by_name():
