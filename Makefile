@@ -83,12 +83,12 @@ test-gpu: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints/default.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 12), f"Python 3.12 or newer is needed, got {sys.version}"'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q --disable-pip-version-check -c constraints/default.txt -e '.[torch,hf,export,aot,test,dev]'
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints/default.txt -e '.[demo,torch,hf,export,aot,test,dev]'
 	touch $@
 
 $(NEWEST)/.ready: pyproject.toml constraints/newest.txt
 	$(PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check -c constraints/newest.txt -e '.[test]'
+	$(NEWEST)/bin/python -m pip install -q --disable-pip-version-check -c constraints/newest.txt -e '.[demo,test]'
 	touch $@
 
 $(NEWEST_TORCH)/.ready: pyproject.toml constraints/newest-torch.txt

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tqdm import tqdm
 
 from gqa_jax.config import AttentionConfig, DecoderConfig, GatedDeltaNetConfig, RopeConfig
 from gqa_jax.demo.byte_text import (
@@ -111,7 +110,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(options: argparse.Namespace) -> str | None:
-    """What is wrong with the options, or None."""
+    """What is wrong with the options or missing for the demo, or None."""
+    missing = [name for name in ("tqdm", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"the demo needs {' and '.join(missing)}: pip install 'gqa-jax[demo]'"
     if not options.seconds > 0:
         return f"--seconds must be positive, got {options.seconds}"
     if options.steps is not None and options.steps < 1:
@@ -175,6 +177,8 @@ def run(options: argparse.Namespace) -> int:
 
 def train(text: ByteText, *, seconds: float, steps: int | None, seed: int) -> Trained:
     """AdamW, linear warm-up, then a cosine over the time (or the steps) that there is."""
+    from tqdm import tqdm
+
     decoder = Decoder(demo_config(), rngs=nnx.Rngs(seed))
     num_params = sum(leaf.size for leaf in jax.tree.leaves(decoder))
     print(f"{num_params:,} parameters, layers: {', '.join(decoder.config.layers)}")
@@ -224,11 +228,11 @@ def plot_losses(losses: list[float], zlib_reference: float, path: pathlib.Path) 
     figure.savefig(path)
 
 
-def print_samples(decoder: Decoder, *, seed: int, num_bytes: int = 160) -> None:
+def print_samples(decoder: Decoder, *, seed: int) -> None:
     """One ragged batch of samples, and one that streams."""
     prompts = [list(prompt.encode()) for prompt in PROMPTS]
     options: dict[str, Any] = dict(
-        max_new_tokens=num_bytes,
+        max_new_tokens=160,
         temperature=0.7,
         top_p=0.95,
         stop_tokens=(0,),

@@ -122,15 +122,11 @@ def fuse_state(
                 fused_name,
                 _named(fused_name, fuse_qkv, *parts, gate=gate, layout=layout, **sizes),
             )
-    if waiting:
-        missing = [
-            fused_name.replace(fused, part)
-            for fused_name, siblings in waiting.items()
-            for fused, parts in _PARTS.items()
-            if fused in fused_name.split(".")
-            for part in parts
-            if part not in siblings
-        ]
+    missing = []
+    for name, siblings in waiting.items():
+        fused = next(segment for segment in name.split(".") if segment in _PARTS)
+        missing += [name.replace(fused, part) for part in _PARTS[fused] if part not in siblings]
+    if missing:
         raise ValueError(f"`items` must hold all projections that are fused, missing {missing}")
 
 

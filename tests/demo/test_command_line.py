@@ -71,8 +71,12 @@ def test_no_driver_no_traceback():
         pytest.skip("needs JAX's CUDA plugin and no GPU")
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     done = subprocess.run(
-        [sys.executable, "-m", "gqa_jax", "info"], env=environment, capture_output=True, text=True, check=True
-    )  # fmt: skip
+        [sys.executable, "-m", "gqa_jax", "info"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "gqa_attention: blockwise" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
@@ -116,6 +120,15 @@ def test_info_explains_every_operator(capfd):
 def test_mistakes_are_answered(arguments, status, text, capfd):
     assert main(arguments) == status
     assert text in capfd.readouterr().err
+
+
+def test_demo_names_what_is_not_installed(monkeypatch, capfd):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name)
+    )
+    assert main(["demo", "--steps", "1"]) == 2
+    assert "the demo needs matplotlib: pip install 'gqa-jax[demo]'" in capfd.readouterr().err
 
 
 def test_bad_checkpoints_are_answered_in_one_line(tmp_path, capfd):
