@@ -1,7 +1,8 @@
 """The plain key/value cache: every token, in the dtype of the computation."""
 
+import abc
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +28,9 @@ class Attended(NamedTuple):
     cache: Any
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the tokens seen so far.
-
-    Attributes:
-      key: `[B, K, S, D]`, after position embedding; S is the capacity.
-      value: `[B, K, S, D]`.
-      length: `[B]` int32, tokens held per row.
-    """
+class EveryToken(abc.ABC):
+    """A cache in which each token has a slot of its own, so that nothing is ever overwritten."""
 
     key: Float[Array, "B K S D"]
     value: Float[Array, "B K S D"]
@@ -57,21 +51,26 @@ class KVCache:
         """B."""
         return self.length.shape[-1]
 
+    @abc.abstractmethod
     def append(
         self,
         key: Float[Array, "B T K D"],
         value: Float[Array, "B T K D"],
         lengths: Int[Array, "B"],
-    ) -> "KVCache":
+    ) -> Self:
         """The cache with the first `lengths[b]` of T new tokens written behind each row's old ones.
 
         Tokens beyond the capacity are not written; `check_step` says so where that can be known, and
         `overflowed` finds the rows where it cannot.
         """
-        lengths, length = advance(self.length, lengths, key.shape[1])
-        slot = slots_behind(self.length, lengths, key.shape[1], self.capacity)
-        new_key, new_value = (jnp.swapaxes(new, 1, 2) for new in (key, value))
-        return KVCache(write(self.key, slot, new_key), write(self.value, slot, new_value), length)
+
+    @abc.abstractmethod
+    def decode(self, query: Array, end: Array, **options: Any) -> Array:
+        """`decode_attention` of at most `MAX_DECODE_TOKENS` queries that end at `end`, over what is stored."""
+
+    @abc.abstractmethod
+    def read(self) -> tuple[Array, Array]:
+        """Keys and values `[B, K, S, D]` as numbers."""
 
     def append_and_attend(
         self, query: Array, key: Array, value: Array, lengths: Array, **options: Any
@@ -88,43 +87,58 @@ class KVCache:
         start, num_new = self.length, query.shape[1]
         cache = self.append(key, value, lengths)
         if num_new <= MAX_DECODE_TOKENS:
-            end = end_of_step(start, num_new, self.capacity)
-            out = decode_attention(query, cache.key, cache.value, end, **options)
+            # A full or lost row takes part as padding.
+            end = jnp.minimum(start, self.capacity - 1) + num_new
+            out = cache.decode(query, end, **options)
         else:
-            out = prefill_attention(query, cache.key, cache.value, start, **options)
+            out = prefill_attention(query, *cache.read(), start, **options)
         return Attended(settle(out, lengths, cache.overflowed()), cache)
 
     def overflowed(self) -> Array:
         """`[B]` bool: rows to which more tokens were appended than they can hold, or a number outside [0, T]."""
         return self.length > self.capacity
 
-    def reset(self) -> "KVCache":
+    def reset(self) -> Self:
         """The same memory, no tokens."""
         return dataclasses.replace(self, length=jnp.zeros_like(self.length))
 
     def rewind(self, position: int | Int[Array, "B"]) -> Rewound:
         """Forgets the tokens from `position` on, where 0 <= position <= length; other rows are refused."""
-        return rewind_length(self, position)
+        position = target_positions(position, self.length)
+        accepted = (position >= 0) & (position <= self.length)
+        accepted &= (self.length < LOST) | (position == 0)
+        length = jnp.where(accepted, position, self.length)
+        return Rewound(dataclasses.replace(self, length=length), accepted)
 
 
-def rewind_length(cache, position) -> Rewound:
-    """The rewind of a cache in which nothing is ever overwritten."""
-    position = target_positions(position, cache.length)
-    accepted = (position >= 0) & (position <= cache.length)
-    accepted &= (cache.length < LOST) | (position == 0)
-    length = jnp.where(accepted, position, cache.length)
-    return Rewound(dataclasses.replace(cache, length=length), accepted)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache(EveryToken):
+    """Keys and values of the tokens seen so far.
+
+    Attributes:
+      key: `[B, K, S, D]`, after position embedding; S is the capacity.
+      value: `[B, K, S, D]`.
+      length: `[B]` int32, tokens held per row.
+    """
+
+    def append(self, key: Array, value: Array, lengths: Array) -> "KVCache":
+        lengths, length = advance(self.length, lengths, key.shape[1])
+        slot = slots_behind(self.length, lengths, key.shape[1], self.capacity)
+        new_key, new_value = (jnp.swapaxes(new, 1, 2) for new in (key, value))
+        return KVCache(write(self.key, slot, new_key), write(self.value, slot, new_value), length)
+
+    def decode(self, query: Array, end: Array, **options: Any) -> Array:
+        return decode_attention(query, self.key, self.value, end, **options)
+
+    def read(self) -> tuple[Array, Array]:
+        return self.key, self.value
 
 
 def slots_behind(length: Array, lengths: Array, num_new: int, capacity: int) -> Array:
     """`[B, T]` slots of T new tokens behind `length` old ones; `capacity` (out of range) for padding."""
     offset = jnp.arange(num_new, dtype=jnp.int32)[None, :]
     return jnp.where(offset < lengths[:, None], length[:, None] + offset, capacity)
-
-
-def end_of_step(start: Array, num_new: int, capacity: int) -> Array:
-    """`[B]` lengths by which `decode_attention` places T queries; a full or lost row takes part as padding."""
-    return jnp.minimum(start, capacity - 1) + num_new
 
 
 def write(rows: Array, slot: Array, new: Array) -> Array:
