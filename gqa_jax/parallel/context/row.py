@@ -110,27 +110,29 @@ def check_permutation(positions: Int[Array, "B T"]) -> None:
         )
 
 
-def check_gaps(segment_ids: Any, order: Any, *, whole_segments: bool) -> None:
-    """Raises `ValueError` where tokens of a segment stand apart, if ids and order can be read.
+def check_gaps(segment_ids: Any, places: Any, *, whole_segments: bool) -> None:
+    """Raises `ValueError` where tokens of a segment stand apart, if ids and places can be read.
 
     Args:
       segment_ids: `[B, T]` of all devices, as they are laid out.
-      order: `[B or 1, T]`, the place of each token in the row.
+      places: `[B or 1, T]`, of each token in the row.
       whole_segments: also where tokens of another segment, not padding alone, stand between them.
     """
-    if not (can_be_read(segment_ids) and can_be_read(order)):
+    if not (can_be_read(segment_ids) and can_be_read(places)):
         return
     ids = np.asarray(segment_ids)
-    row = np.take_along_axis(ids, np.argsort(np.broadcast_to(order, ids.shape), axis=1), axis=1)
+    row = np.take_along_axis(ids, np.argsort(np.broadcast_to(places, ids.shape), axis=1), axis=1)
     for b, own in enumerate(row):
         real = np.flatnonzero(own >= 0)
         previous = real[:-1]
         apart = (own[real[1:]] == own[previous]) & (np.diff(real) > 1)
         starts = np.diff(own[real], prepend=-1) != 0
         if apart.any() or (whole_segments and starts.sum() > np.unique(own[real]).size):
+            order = "order_by_segment" if whole_segments else "order_without_gaps"
             raise ValueError(
                 "`segment_ids` must not split a segment under context parallelism, by padding or (with a sliding "
-                f"window) by another segment, got {own.tolist()} in row {b}"
+                f"window) by another segment, got {own.tolist()} in row {b}; bring the batch into "
+                f"`masks.{order}(segment_ids)` before it is laid out"
             )
 
 
