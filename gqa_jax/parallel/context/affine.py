@@ -1,5 +1,6 @@
 """Affine maps `S -> M S + E` of the chunks of a row, combined across devices. All in float32."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from gqa_jax.parallel.context.order import Layout
+from gqa_jax.parallel.context.order import Layout, chunks_of_row, num_slots, own_chunks
 
 
 class Affine(NamedTuple):
@@ -63,16 +64,14 @@ def incoming_states(
             f"state_exchange 'all_to_all' must have a multiple of {devices} value heads on each device (axis "
             f"{axis_name!r}), got {heads}; use 'all_gather' or 'prefix_scan'"
         )
-    run = {
-        "all_gather": _by_all_gather,
-        "prefix_scan": _by_prefix_scan,
-        "all_to_all": _by_all_to_all,
-    }[exchange]
-    incoming = run(maps, initial_state, axis_name, layout)
+    if exchange == "prefix_scan":
+        incoming = _prefix_scan(maps, initial_state, axis_name, layout)
+    else:
+        together = _all_gather if exchange == "all_gather" else _all_to_all
+        incoming = _fold(maps, initial_state, together(axis_name, layout))
     after = Affine(*(x[:, -1] for x in maps))(incoming[:, -1])
-    holder = 0 if layout == "zigzag" else lax.axis_size(axis_name) - 1  # of the row's last chunk
-    mine = lax.axis_index(axis_name) == holder
-    return incoming, lax.psum(jnp.where(mine, after, jnp.zeros_like(after)), axis_name)
+    is_last = own_chunks(axis_name, layout)[-1] == devices * num_slots(layout) - 1
+    return incoming, lax.psum(jnp.where(is_last, after, jnp.zeros_like(after)), axis_name)
 
 
 def cheapest_exchange(devices: int, heads: int, key_dim: int, value_dim: int) -> str:
@@ -87,28 +86,74 @@ def cheapest_exchange(devices: int, heads: int, key_dim: int, value_dim: int) ->
     return min(sent, key=lambda name: sent[name])
 
 
-def _natural_order(x: Array, layout: Layout) -> list[Array]:
-    """Chunks in the order of the row, from `[n, B, slots, ...]`."""
-    chunks = [x[r, :, 0] for r in range(x.shape[0])]
-    if layout == "zigzag":
-        chunks += [x[r, :, 1] for r in reversed(range(x.shape[0]))]
-    return chunks
+class _Exchange(NamedTuple):
+    """A collective that brings the chunks of a row together on every device, for all heads or a share H' of them.
+
+    Attributes:
+      to_row: `[B, slots, H, ...]` of this device's chunks to a list of `[B, H', ...]`, one for each chunk of the row.
+      to_slots: the inverse.
+      share: `[B, H, ...]`, the same on all devices, to this device's `[B, H', ...]`.
+      unshare: its transpose: `[B, H', ...]` to `[B, H, ...]`, whose sum over devices is the gradient.
+    """
+
+    to_row: Callable[[Array], list[Array]]
+    to_slots: Callable[[list[Array]], Array]
+    share: Callable[[Array], Array]
+    unshare: Callable[[Array], Array]
 
 
-def _own(chunks: list[Array], axis_name, layout: Layout) -> Array:
-    """`[B, slots, ...]` of this device from one array per chunk of the row."""
-    stacked, rank = jnp.stack(chunks), lax.axis_index(axis_name)
-    take = lambda i: lax.dynamic_index_in_dim(stacked, i, keepdims=False)
-    mine = [take(rank)]
-    if layout == "zigzag":
-        mine.append(take(len(chunks) - 1 - rank))
-    return jnp.stack(mine, axis=1)
+def _all_gather(axis_name, layout: Layout) -> _Exchange:
+    """Every device gets the whole row, for all heads."""
+
+    def to_row(x):
+        return chunks_of_row(lax.all_gather(x, axis_name), layout)
+
+    def to_slots(chunks):
+        row = jnp.stack(chunks)  # [chunks, B, H, ...]
+        own = [
+            lax.dynamic_index_in_dim(row, i, keepdims=False) for i in own_chunks(axis_name, layout)
+        ]
+        return jnp.stack(own, axis=1)  # [B, slots, H, ...]
+
+    def unshare(x):  # the same on all devices: one counts
+        return jnp.where(lax.axis_index(axis_name) == 0, x, jnp.zeros_like(x))
+
+    return _Exchange(to_row, to_slots, lambda x: x, unshare)
 
 
-def _by_all_gather(maps, initial_state, axis_name, layout):
-    """Every device folds the maps of the whole row.
+def _all_to_all(axis_name, layout: Layout) -> _Exchange:
+    """Chunks are traded for heads: every device gets the whole row, for H' = H / n heads."""
+    devices = lax.axis_size(axis_name)
 
-    The derivative folds backward with the transposed matrices, which are here already: only cotangents of states
+    def to_row(x):
+        x = lax.all_to_all(x, axis_name, split_axis=2, concat_axis=0, tiled=True)
+        x = x.reshape(devices, -1, *x.shape[1:])  # [n, B, slots, H', ...]
+        return chunks_of_row(x, layout)
+
+    def to_slots(chunks):
+        slots = [jnp.stack(chunks[:devices])]  # [n, B, H', ...]
+        if layout == "zigzag":
+            slots.append(jnp.stack(chunks[: devices - 1 : -1]))
+        x = jnp.stack(slots, axis=2)  # [n, B, slots, H', ...]
+        x = x.reshape(-1, *x.shape[2:])  # [n B, slots, H', ...]
+        return lax.all_to_all(x, axis_name, split_axis=0, concat_axis=2, tiled=True)
+
+    def share(x):
+        heads = x.shape[1] // devices
+        return lax.dynamic_slice_in_dim(x, lax.axis_index(axis_name) * heads, heads, axis=1)
+
+    def unshare(x):
+        batch, heads, *sizes = x.shape
+        whole = jnp.zeros_like(x, shape=(batch, heads * devices, *sizes))
+        return lax.dynamic_update_slice_in_dim(whole, x, lax.axis_index(axis_name) * heads, axis=1)
+
+    return _Exchange(to_row, to_slots, share, unshare)
+
+
+def _fold(maps: Affine, initial_state: Array, exchange: _Exchange) -> Array:
+    """The state before each of this device's chunks: every device applies the maps of the whole row, one by one.
+
+    The derivative goes backward with the transposed matrices, which are here already: only cotangents of states
     travel, half of what came forward or less.
     """
 
@@ -118,95 +163,35 @@ def _by_all_gather(maps, initial_state, axis_name, layout):
 
     def forward(maps, initial_state):
         key_dim = maps.matrix.shape[-1]
-        gathered = lax.all_gather(jnp.concatenate(maps, axis=-1), axis_name)
-        state, states, matrices = initial_state, [], []
-        for both in _natural_order(gathered, layout):
+        state, states, matrices = exchange.share(initial_state), [], []
+        for packed in exchange.to_row(jnp.concatenate(maps, axis=-1)):  # [B, H', Dk, Dk + Dv]
             states.append(state)
-            matrices.append(both[..., :key_dim])
-            state = _dot(matrices[-1], state) + both[..., key_dim:]
-        incoming = _own(states, axis_name, layout)
+            matrices.append(packed[..., :key_dim])
+            state = _dot(matrices[-1], state) + packed[..., key_dim:]
+        incoming = exchange.to_slots(states)
         return incoming, (matrices, incoming)
 
     def backward(residuals, d_incoming):
         matrices, incoming = residuals
-        everyone = _natural_order(lax.all_gather(d_incoming, axis_name), layout)
-        d_state, d_offsets = jnp.zeros_like(everyone[0]), []
-        for matrix, d_here in zip(reversed(matrices), reversed(everyone), strict=True):
+        d_states = exchange.to_row(d_incoming)  # of each chunk of the row [B, H', Dk, Dv]
+        d_state, d_offsets = jnp.zeros_like(d_states[0]), []
+        for matrix, d_own in zip(reversed(matrices), reversed(d_states), strict=True):
             d_offsets.append(d_state)
-            d_state = _dot(jnp.swapaxes(matrix, -1, -2), d_state) + d_here
-        d_offset = _own(d_offsets[::-1], axis_name, layout)
+            d_state = _dot(jnp.swapaxes(matrix, -1, -2), d_state) + d_own
+        d_offset = exchange.to_slots(d_offsets[::-1])
         d_matrix = _dot(d_offset, jnp.swapaxes(incoming, -1, -2))
-        # The initial state is one for all devices and its gradient is summed over them: one speaks for all.
-        first = lax.axis_index(axis_name) == 0
-        return Affine(d_matrix, d_offset), jnp.where(first, d_state, jnp.zeros_like(d_state))
+        return Affine(d_matrix, d_offset), exchange.unshare(d_state)
 
     run.defvjp(forward, backward)
     return run(maps, initial_state)
 
 
-def _by_all_to_all(maps, initial_state, axis_name, layout):
-    """Summaries are traded for heads: every device folds the whole row for its share of the heads.
-
-    The states before each chunk are traded back. As in `_by_all_gather` only cotangents of states travel backward.
-    """
-    devices = lax.axis_size(axis_name)
-
-    def to_heads(x):
-        """`[B, slots, H, ...]` of this device's chunks as one `[B, H / n, ...]` per chunk of the row."""
-        x = lax.all_to_all(x, axis_name, split_axis=2, concat_axis=0, tiled=True)
-        return _natural_order(x.reshape(devices, -1, *x.shape[1:]), layout)
-
-    def to_chunks(chunks):
-        """The inverse."""
-        low = jnp.stack(chunks[:devices])
-        slots = [low] if layout != "zigzag" else [low, jnp.stack(chunks[: devices - 1 : -1])]
-        x = jnp.stack(slots, axis=2)  # [n, B, slots, H / n, ...]
-        x = x.reshape(-1, *x.shape[2:])
-        return lax.all_to_all(x, axis_name, split_axis=0, concat_axis=2, tiled=True)
-
-    def own_heads(x):
-        share = x.shape[1] // devices
-        return lax.dynamic_slice_in_dim(x, lax.axis_index(axis_name) * share, share, axis=1)
-
-    @jax.custom_vjp
-    def run(maps, initial_state):
-        return forward(maps, initial_state)[0]
-
-    def forward(maps, initial_state):
-        key_dim = maps.matrix.shape[-1]
-        state, states, matrices = own_heads(initial_state), [], []
-        for both in to_heads(jnp.concatenate(maps, axis=-1)):
-            states.append(state)
-            matrices.append(both[..., :key_dim])
-            state = _dot(matrices[-1], state) + both[..., key_dim:]
-        incoming = to_chunks(states)
-        return incoming, (matrices, incoming)
-
-    def backward(residuals, d_incoming):
-        matrices, incoming = residuals
-        everyone = to_heads(d_incoming)
-        d_state, d_offsets = jnp.zeros_like(everyone[0]), []
-        for matrix, d_here in zip(reversed(matrices), reversed(everyone), strict=True):
-            d_offsets.append(d_state)
-            d_state = _dot(jnp.swapaxes(matrix, -1, -2), d_state) + d_here
-        d_offset = to_chunks(d_offsets[::-1])
-        d_matrix = _dot(d_offset, jnp.swapaxes(incoming, -1, -2))
-        # Summed over devices, of which each knows the gradient of its heads.
-        d_initial = jnp.zeros_like(incoming[:, 0])
-        start = lax.axis_index(axis_name) * d_state.shape[1]
-        d_initial = lax.dynamic_update_slice_in_dim(d_initial, d_state, start, axis=1)
-        return Affine(d_matrix, d_offset), d_initial
-
-    run.defvjp(forward, backward)
-    return run(maps, initial_state)
-
-
-def _by_prefix_scan(maps, initial_state, axis_name, layout):
-    """Hillis-Steele: after hop j a device knows the map of the last 2^j chunks up to its own; then one shift."""
+def _prefix_scan(maps, initial_state, axis_name, layout):
+    """As `_fold`, by Hillis-Steele: after hop j a device knows the map of its own and the 2^j - 1 chunks before it."""
     devices, rank = lax.axis_size(axis_name), lax.axis_index(axis_name)
 
     def scan(own: Affine, towards: int) -> tuple[Affine, Affine]:
-        """Maps of (all chunks before mine, those and mine); chunks run up (1) or down (-1) the ranks."""
+        """Maps of (all chunks before this device's, those and its own); chunks run up (1) or down (-1) the ranks."""
         total, distance = own, 1
         place = rank if towards == 1 else devices - 1 - rank
         while distance < devices:

@@ -26,13 +26,13 @@ def attention(
     The backward gathers again instead of keeping the gathered keys and values, and reduce-scatters their gradients.
     `jax.checkpoint` puts the barrier that keeps the compiler from undoing this.
     """
-    everywhere = gather_marks(marks, axis_name)
+    all_marks = gather_marks(marks, axis_name)
 
     def gathered(x):
         return checkpoint_name(lax.all_gather(x, axis_name, axis=1, tiled=True), _GATHERED)
 
     def run(query, key, value):
-        return attend(query, gathered(key), gathered(value), marks, everywhere)
+        return attend(query, gathered(key), gathered(value), marks, all_marks)
 
     keep = jax.checkpoint_policies.save_any_names_but_these(_GATHERED)
     return jax.checkpoint(run, policy=keep)(query, key, value)

@@ -35,9 +35,9 @@ def attention(
     def to_tokens(x):
         return lax.all_to_all(x, axis_name, split_axis=1, concat_axis=2, tiled=True)
 
-    everywhere = gather_marks(marks, axis_name)
+    all_marks = gather_marks(marks, axis_name)
     if marks.dropout is not None:
         first = lax.axis_index(axis_name) * (query.shape[2] // devices)
-        everywhere = everywhere._replace(dropout=marks.dropout.from_head(first))
-    out, lse = attend(to_heads(query), to_heads(key), to_heads(value), everywhere)
+        all_marks = all_marks._replace(dropout=marks.dropout.from_head(first))
+    out, lse = attend(to_heads(query), to_heads(key), to_heads(value), all_marks)
     return AttentionOutput(to_tokens(out), to_tokens(lse))

@@ -85,10 +85,12 @@ def context_attention_with_lse(
     ids = None if segment_ids is None else cast_like(segment_ids, query)
     marks = Marks(cast_like(positions, query), ids, dropout)
 
-    def attend(query, key, value, mine: Marks, theirs: Marks) -> AttentionOutput:
+    def attend(query, key, value, query_marks: Marks, kv_marks: Marks) -> AttentionOutput:
         drop: dict[str, Any] = {}
-        if mine.dropout is not None:
-            drop = dict(dropout_key=mine.dropout.key, dropout_offset=mine.dropout.offset)
+        if query_marks.dropout is not None:
+            drop = dict(
+                dropout_key=query_marks.dropout.key, dropout_offset=query_marks.dropout.offset
+            )
         return gqa_attention_with_lse(
             query,
             key,
@@ -97,10 +99,10 @@ def context_attention_with_lse(
             sliding_window=sliding_window,
             scale=scale,
             logits_soft_cap=logits_soft_cap,
-            query_positions=mine.positions,
-            kv_positions=theirs.positions,
-            query_segment_ids=mine.segment_ids,
-            kv_segment_ids=theirs.segment_ids,
+            query_positions=query_marks.positions,
+            kv_positions=kv_marks.positions,
+            query_segment_ids=query_marks.segment_ids,
+            kv_segment_ids=kv_marks.segment_ids,
             dropout_rate=dropout_rate,
             implementation=implementation,
             **drop,
@@ -109,11 +111,11 @@ def context_attention_with_lse(
     def whole_rows(query, key, value, marks):
         return attend(query, key, value, marks, marks)
 
-    def masked(mine: Marks, theirs: Marks) -> Array:
-        first, last = mine.positions.min(), mine.positions.max()
-        unseen = theirs.positions.min() > last
+    def masked(query_marks: Marks, kv_marks: Marks) -> Array:
+        first, last = query_marks.positions.min(), query_marks.positions.max()
+        unseen = kv_marks.positions.min() > last
         if sliding_window is not None:
-            unseen |= first - theirs.positions.max() >= sliding_window
+            unseen |= first - kv_marks.positions.max() >= sliding_window
         return unseen
 
     # In zig-zag every device's second chunk sees something of every other device: asking would only cost.
@@ -122,7 +124,7 @@ def context_attention_with_lse(
         masked=masked if skips else None, past_only=is_causal and layout == "contiguous"
     )
     # The halo folds chunks into rows of the batch, and by rows dropout goes.
-    reach = None if dropout else halo.pays(length, axis_name, sliding_window, layout)
+    reach = None if dropout else halo.chunks_to_fetch(length, axis_name, sliding_window, layout)
     common: dict[str, Any] = dict(axis_name=axis_name, attend=attend)
     if mode == "a2a":
         result = all_to_all.attention(

@@ -14,11 +14,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from gqa_jax.layers import masks
 from gqa_jax.parallel.context.affine import Affine, incoming_states
 from gqa_jax.parallel.context.order import (
     ContextParallel,
     Layout,
+    chunks_of_row,
     num_slots,
+    own_chunks,
     previous_chunk,
     to_slots,
 )
@@ -31,7 +34,7 @@ from pallas_kernels import (
     gated_delta_rule,
 )
 
-_NOBODY = -1  # the last real segment id where no real token came before
+_NO_SEGMENT = -1  # the id of the first or last real token where there is none
 
 
 def context_causal_conv1d(
@@ -130,11 +133,11 @@ def context_gated_delta_rule(
         [jnp.zeros((key_dim, value_dim), wide), jnp.eye(key_dim, dtype=wide)], axis=1
     )
     start = jnp.broadcast_to(start, (batch * slots, heads, *start.shape))
-    nothing = jnp.zeros((*value.shape[:-1], key_dim), value.dtype)
+    no_value = jnp.zeros((*value.shape[:-1], key_dim), value.dtype)
     summary = gated_delta_rule(
         query,
         key,
-        jnp.concatenate([value, nothing], axis=-1),
+        jnp.concatenate([value, no_value], axis=-1),
         g,
         beta,
         initial_state=cast_like(start, value),
@@ -183,26 +186,22 @@ def _slots(layout: Layout) -> int:
 
 def _carried(ids: Int[Array, "B slots C"], axis_name: Any, layout: Layout) -> Array:
     """`[B, slots]` bool: the state before a chunk belongs to the chunk's first real token (or passes through)."""
-    index = jnp.arange(ids.shape[2], dtype=jnp.int32)
-    real = ids >= 0
-    first = jnp.argmax(real, axis=2)
-    last = jnp.max(jnp.where(real, index[None, None], -1), axis=2)
-    pick = lambda at: jnp.take_along_axis(ids, jnp.maximum(at, 0)[..., None], axis=2)[..., 0]
-    has_real = last >= 0
-    first_id = jnp.where(has_real, pick(first), _NOBODY)
-    last_id = jnp.where(has_real, pick(last), _NOBODY)
-    ends = lax.all_gather(last_id, axis_name)  # [n, B, slots], a few integers
-    devices, rank = lax.axis_size(axis_name), lax.axis_index(axis_name)
-    ranks = jnp.arange(devices, dtype=jnp.int32)
-    chunks = [ranks, 2 * devices - 1 - ranks][: ids.shape[1]]
-    of_chunk = jnp.stack(chunks, axis=1)  # [n, slots]: which chunk of the row each is
-    mine = jnp.stack([rank, 2 * devices - 1 - rank][: ids.shape[1]])
-    before = (of_chunk[:, None, :, None] < mine[None, None, None, :]) & (ends >= 0)[..., None]
-    place = jnp.where(before, of_chunk[:, None, :, None], -1)  # [n, B, slots, mine]
-    latest = place.max(axis=(0, 2), keepdims=True)
-    chosen = (place == latest) & before
-    previous = jnp.max(jnp.where(chosen, ends[..., None], _NOBODY), axis=(0, 2))  # [B, mine]
-    return (previous == first_id) | (previous == _NOBODY) | (first_id == _NOBODY)
+    first_id = _first_real(ids)
+    last_ids = lax.all_gather(
+        _first_real(ids[..., ::-1]), axis_name
+    )  # [n, B, slots], a few integers
+    row = jnp.stack(chunks_of_row(last_ids, layout), axis=1)  # [B, chunks]
+    own = jnp.stack(own_chunks(axis_name, layout))
+    before = jnp.arange(row.shape[1], dtype=jnp.int32)[None] < own[:, None]  # [slots, chunks]
+    earlier = jnp.where(before[None], row[:, None], _NO_SEGMENT)  # [B, slots, chunks]
+    previous = _first_real(earlier[..., ::-1])
+    return (previous == first_id) | (previous == _NO_SEGMENT) | (first_id == _NO_SEGMENT)
+
+
+def _first_real(ids: Int[Array, "B slots C"]) -> Int[Array, "B slots"]:
+    """The first id that is none of padding's, `_NO_SEGMENT` where all are."""
+    first = jnp.argmax(ids >= 0, axis=2, keepdims=True)
+    return jnp.maximum(jnp.take_along_axis(ids, first, axis=2)[..., 0], _NO_SEGMENT)
 
 
 def undo_order(
@@ -220,15 +219,16 @@ def undo_order(
       are NaN (values cannot raise inside `jit`; `check_permutation` raises outside).
     """
     positions = as_int32("positions", positions)
-    everywhere = lax.all_gather(positions, axis_name, axis=1, tiled=True)
+    all_positions = lax.all_gather(positions, axis_name, axis=1, tiled=True)  # [B, n T]
     length = positions.shape[1]
-    order = jnp.argsort(everywhere, axis=1)
-    valid = is_permutation(everywhere)
-    mine = lax.dynamic_slice_in_dim(order, lax.axis_index(axis_name) * length, length, axis=1)
+    order = jnp.argsort(all_positions, axis=1)
+    valid = is_permutation(all_positions)
+    start = lax.axis_index(axis_name) * length
+    own_order = lax.dynamic_slice_in_dim(order, start, length, axis=1)  # [B, T]
 
     def reorder(x):
         row = lax.all_gather(x, axis_name, axis=1, tiled=True)
-        own = jnp.take_along_axis(row, mine.reshape(*mine.shape, *(1,) * (x.ndim - 2)), axis=1)
+        own = masks.take(row, own_order)
         return lose(own, valid) if jnp.issubdtype(x.dtype, jnp.floating) else own
 
     return jax.tree.map(reorder, tree), positions
@@ -238,5 +238,4 @@ def redo_order(x: Array, positions: Int[Array, "B T"], *, axis_name: Any) -> Arr
     """Back from contiguous chunks to the order that `undo_order` met."""
     row = lax.all_gather(x, axis_name, axis=1, tiled=True)
     positions = as_int32("positions", positions)
-    place = positions.reshape(*positions.shape, *(1,) * (x.ndim - 2))
-    return jnp.take_along_axis(row, place, axis=1, mode="clip")
+    return masks.take(row, positions)

@@ -139,12 +139,24 @@ def _take(x: Any, order: np.ndarray, axis: int) -> Any:
 
 def local_positions(length: int, axis_name: Any, layout: Layout) -> Int[Array, "T"]:
     """Places in the row of the `length` tokens that this device holds. Inside `shard_map`."""
-    devices, rank = lax.axis_size(axis_name), lax.axis_index(axis_name)
     chunk = length // num_slots(layout)
     index = jnp.arange(chunk, dtype=jnp.int32)
-    if layout == "contiguous":
-        return rank * chunk + index
-    return jnp.concatenate([rank * chunk + index, (2 * devices - 1 - rank) * chunk + index])
+    return jnp.concatenate([i * chunk + index for i in own_chunks(axis_name, layout)])
+
+
+def own_chunks(axis_name: Any, layout: Layout) -> list[Array]:
+    """For each slot of this device, which chunk of the row it holds. Inside `shard_map`."""
+    last = lax.axis_size(axis_name) * num_slots(layout) - 1
+    rank = lax.axis_index(axis_name)
+    return [rank, last - rank][: num_slots(layout)]
+
+
+def chunks_of_row(x: Array, layout: Layout) -> list[Array]:
+    """The chunks `[B, ...]` of a row, first to last, from those of all devices, `[n, B, slots, ...]`."""
+    chunks = [x[r, :, 0] for r in range(x.shape[0])]
+    if layout == "zigzag":
+        chunks += [x[r, :, 1] for r in reversed(range(x.shape[0]))]
+    return chunks
 
 
 def to_slots(x: Array, slots: int) -> Array:
