@@ -16,10 +16,13 @@ from pallas_kernels.causal_conv.api import CausalConvOutput as CausalConvOutput
 from pallas_kernels.causal_conv.api import QKVConvOutput as QKVConvOutput
 from pallas_kernels.causal_conv.api import causal_conv1d as causal_conv1d
 from pallas_kernels.causal_conv.api import causal_conv1d_qkv as causal_conv1d_qkv
+from pallas_kernels.decode.api import MAX_NEW_TOKENS as MAX_NEW_TOKENS
 from pallas_kernels.decode.api import decode_attention as decode_attention
 from pallas_kernels.delta_rule.api import GatedDeltaRuleOutput as GatedDeltaRuleOutput
 from pallas_kernels.delta_rule.api import GatedDeltaRuleStepOutput as GatedDeltaRuleStepOutput
 from pallas_kernels.delta_rule.api import gated_delta_rule as gated_delta_rule
 from pallas_kernels.delta_rule.api import gated_delta_rule_step as gated_delta_rule_step
+from pallas_kernels.delta_rule.step.tuning import MAX_STEP_TOKENS as MAX_STEP_TOKENS
+from pallas_kernels.deltanet.algebra import gated_deltanet_gates as gated_deltanet_gates
 from pallas_kernels.deltanet.api import GatedDeltaNetStepOutput as GatedDeltaNetStepOutput
 from pallas_kernels.deltanet.api import gated_deltanet_step as gated_deltanet_step

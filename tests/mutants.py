@@ -72,7 +72,7 @@ FAULTS = tuple(Fault(*fault) for fault in (
     ("norm without epsilon", NORMS, "jnp.asarray(eps, wide.dtype)", "jnp.asarray(0.0 * eps, wide.dtype)", "layers/test_norms.py"),
     ("norm by the sum of squares", NORMS, "jnp.mean(wide * wide", "jnp.sum(wide * wide", "layers/test_norms.py"),
     ("gated norm with a sigmoid", NORMS, "jax.nn.silu(gate", "jax.nn.sigmoid(gate", "layers/test_norms.py"),
-    ("l2 norm by the mean of squares", "pallas_kernels/_l2norm.py", "jnp.sum(wide * wide", "jnp.mean(wide * wide", "delta_rule/test_hugging_face.py -k values"),
+    ("l2 norm by the mean of squares", "pallas_kernels/_precision.py", "jnp.sum(wide * wide", "jnp.mean(wide * wide", "delta_rule/test_hugging_face.py -k values"),
     # Rotary embedding
     ("rotation with a wrong sign", ROTARY, "first * cos - second * sin", "first * cos + second * sin", "layers/test_rotary.py -k complex"),
     ("adjacent pairs exchanged", ROTARY, "wide[..., 0::2], wide[..., 1::2]", "wide[..., 1::2], wide[..., 0::2]", "layers/test_rotary.py -k complex"),

@@ -31,7 +31,7 @@ EXCEPTIONS = {  # (file, import) -> why
 }
 ROOT_FILES = {  # what a package keeps outside its rooms
     "pallas_kernels": words(
-        "__init__ _explain _checks _dispatch _inert _l2norm _mosaic_gpu _sharding"
+        "__init__ _explain _checks _dispatch _inert _mosaic_gpu _precision _sharding"
     ),
     "gqa_jax": words("__init__ __main__ config config_checks"),
 }

@@ -11,9 +11,7 @@ from jaxtyping import Array, Float, Int
 from gqa_jax.cache.checks import LOST
 from gqa_jax.cache.lengths import advance, settle
 from gqa_jax.cache.rewinding import Rewound, target_positions
-from pallas_kernels import decode_attention, gqa_attention
-
-MAX_DECODE_TOKENS = 16  # what `decode_attention` takes; longer steps are prefill
+from pallas_kernels import MAX_NEW_TOKENS, decode_attention, gqa_attention
 
 
 class Attended(NamedTuple):
@@ -66,7 +64,7 @@ class EveryToken(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, query: Array, end: Array, **options: Any) -> Array:
-        """`decode_attention` of at most `MAX_DECODE_TOKENS` queries that end at `end`, over what is stored."""
+        """`decode_attention` of at most `MAX_NEW_TOKENS` queries that end at `end`, over what is stored."""
 
     @abc.abstractmethod
     def read(self) -> tuple[Array, Array]:
@@ -86,7 +84,7 @@ class EveryToken(abc.ABC):
         """
         start, num_new = self.length, query.shape[1]
         cache = self.append(key, value, lengths)
-        if num_new <= MAX_DECODE_TOKENS:
+        if num_new <= MAX_NEW_TOKENS:
             # A full or lost row takes part as padding.
             end = jnp.minimum(start, self.capacity - 1) + num_new
             out = cache.decode(query, end, **options)

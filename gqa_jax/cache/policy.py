@@ -5,9 +5,10 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 
 from gqa_jax.cache.checks import check_size
-from gqa_jax.cache.full import MAX_DECODE_TOKENS, KVCache
+from gqa_jax.cache.full import KVCache
 from gqa_jax.cache.quantized import QuantizedKVCache
 from gqa_jax.cache.ring import RingKVCache
+from pallas_kernels import MAX_NEW_TOKENS
 
 Policy = Literal["full", "ring", "int8", "fp8"]
 POLICIES: tuple[str, ...] = get_args(Policy)
@@ -68,7 +69,7 @@ def allocate(
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), lengths())
     if policy == "ring":
         assert sliding_window is not None
-        capacity = min(max_length, sliding_window + (chunk_size or MAX_DECODE_TOKENS) - 1)
+        capacity = min(max_length, sliding_window + (chunk_size or MAX_NEW_TOKENS) - 1)
         shape = (batch_size, num_kv_heads, capacity, head_dim)
         rows = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
         return RingKVCache(*rows, lengths(), lengths(), window=sliding_window)

@@ -27,13 +27,13 @@ from gqa_jax.parallel.context import (
 )
 from gqa_jax.parallel.sharding import MeshAxes
 from pallas_kernels import (
+    MAX_STEP_TOKENS,
     QKVConvOutput,
     causal_conv1d_qkv,
     gated_delta_rule,
+    gated_deltanet_gates,
     gated_deltanet_step,
 )
-
-MAX_DECODE_TOKENS = 8  # what `gated_deltanet_step` takes; longer steps are prefill
 
 
 class DepthwiseConv(nnx.Module):
@@ -251,7 +251,7 @@ class GatedDeltaNet(nnx.Module):
         if lengths is None:
             lengths = jnp.full((batch,), num_new, jnp.int32)
         lengths, length = advance(cache.length, lengths, num_new)
-        if num_new <= MAX_DECODE_TOKENS and self.context_parallel is None:
+        if num_new <= MAX_STEP_TOKENS and self.context_parallel is None:
             out, conv, state = self._decode(x, cache, lengths if padded else None)
         else:
             segment_ids = right_padding_segment_ids(lengths, num_new) if padded else None
@@ -335,18 +335,12 @@ class GatedDeltaNet(nnx.Module):
 
     def _gates(self, x: Array) -> tuple[Array, Array]:
         """Log decay `g <= 0` and write strength `beta`, both `[B, T, Hv]` float32."""
-        config = self.config
-        logits = self.ba(x).astype(jnp.float32)  # [B, T, Hk, b | a]
-        write, decay = logits[..., : config.v_per_key], logits[..., config.v_per_key :]
-        beta = jax.nn.sigmoid(write)
-        if config.allow_negative_eigenvalues:
-            beta = 2.0 * beta
-        dt_bias, A_log = (
-            p[...].astype(jnp.float32)[None, None] for p in (self.dt_bias, self.A_log)
+        return gated_deltanet_gates(
+            self.ba(x).astype(jnp.float32),
+            self.A_log[...],
+            self.dt_bias[...],
+            allow_negative_eigenvalues=self.config.allow_negative_eigenvalues,
         )
-        g = -jnp.exp(A_log) * jax.nn.softplus(decay + dt_bias)
-        flat = (*x.shape[:2], config.num_value_heads)
-        return g.reshape(flat), beta.reshape(flat)
 
 
 def _initial_dt_bias(config: GatedDeltaNetConfig, rngs: nnx.Rngs) -> Array:

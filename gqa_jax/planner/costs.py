@@ -6,19 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gqa_jax.planner import hlo
-from gqa_jax.planner.hlo import Instruction, Module
 from pallas_kernels import aot
 
-KINDS = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
 # Instructions that launch no kernel: they rename, or are known at compile time.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "opt-barrier",
@@ -99,13 +88,13 @@ def costs(text: str, mesh_shape: Mapping[str, int], rates: aot.Rates) -> Costs:
       mesh_shape: axis -> size, in the order in which the devices are numbered.
       rates: of the target.
     """
-    return _Walk(hlo.parse(text), dict(mesh_shape), rates).computation(None)
+    return _Walk(aot.hlo.parse(text), dict(mesh_shape), rates).computation(None)
 
 
 class _Walk:
     """Sums over computations, loops with their trip counts."""
 
-    def __init__(self, module: Module, mesh_shape: dict[str, int], rates: aot.Rates):
+    def __init__(self, module: aot.hlo.Module, mesh_shape: dict[str, int], rates: aot.Rates):
         self.module, self.mesh_shape, self.rates = module, mesh_shape, rates
         self.done: dict[str, Costs] = {}
 
@@ -143,20 +132,22 @@ class _Walk:
             total = total.plus(Costs(collectives=(found,)))
         return total
 
-    def _communication(self, instruction: Instruction) -> Collective | None:
+    def _communication(self, instruction: aot.hlo.Instruction) -> Collective | None:
         """The collective that an instruction starts or is."""
         opcode, source = instruction.opcode, instruction
         if opcode == "async-start":
             (wrapped,) = instruction.called.get("calls", ("",))
             inside = self.module.computations.get(wrapped, ())
-            source = next((i for i in inside if i.opcode.removesuffix("-start") in KINDS), None)
+            source = next(
+                (i for i in inside if i.opcode.removesuffix("-start") in aot.hlo.COLLECTIVES), None
+            )
             if source is None:
                 return None
         kind = source.opcode.removesuffix("-start")
-        if kind not in KINDS:
+        if kind not in aot.hlo.COLLECTIVES:
             return None
         num_devices = math.prod(self.mesh_shape.values())
-        groups = hlo.groups(source.attributes, num_devices)
+        groups = aot.hlo.groups(source.attributes, num_devices)
         size = self._result_bytes(source)
         members = groups.shape[1]
         sent = {
@@ -182,7 +173,7 @@ class _Walk:
             hidden_seconds=0.0,
         )
 
-    def _result_bytes(self, start: Instruction) -> int:
+    def _result_bytes(self, start: aot.hlo.Instruction) -> int:
         """Of what the collective yields; the result of a start lists its operands first (and contexts last)."""
         if not start.opcode.endswith("-start"):
             return start.bytes
@@ -190,7 +181,7 @@ class _Walk:
         # An all-reduce-start may list its results only.
         arrays = start.result if len(start.result) < 2 * count else start.result[count : 2 * count]
         assert len(arrays) == count, (kind, start.result)
-        return sum(hlo.array_bytes(*array) for array in arrays)
+        return sum(aot.hlo.array_bytes(*array) for array in arrays)
 
     def _axes(self, groups: np.ndarray) -> tuple[str, ...]:
         coordinates = np.unravel_index(groups, tuple(self.mesh_shape.values()))
@@ -200,10 +191,14 @@ class _Walk:
             if (place != place[:, :1]).any()
         )
 
-    def instruction(self, computation: str, instruction: Instruction) -> Costs:
+    def instruction(self, computation: str, instruction: aot.hlo.Instruction) -> Costs:
         """Of one scheduled instruction that does not communicate."""
         opcode, called = instruction.opcode, instruction.called
-        if opcode in _FREE or opcode.endswith("-done") or opcode.removesuffix("-start") in KINDS:
+        if (
+            opcode in _FREE
+            or opcode.endswith("-done")
+            or opcode.removesuffix("-start") in aot.hlo.COLLECTIVES
+        ):
             return Costs()
         if opcode == "while":
             times = instruction.trip_count
@@ -265,7 +260,7 @@ class _Walk:
         return total + root.bytes
 
 
-def _dot_flops(instruction: Instruction, table: Mapping[str, Instruction]) -> float:
+def _dot_flops(instruction: aot.hlo.Instruction, table: Mapping[str, aot.hlo.Instruction]) -> float:
     """2 per multiply-add of a matrix product; 0 of anything else."""
     if instruction.opcode != "dot":
         return 0.0

@@ -7,6 +7,7 @@
 """
 
 from pallas_kernels._dispatch import SHARED_MEMORY_BYTES as SHARED_MEMORY_BYTES
+from pallas_kernels.aot import hlo as hlo
 from pallas_kernels.aot.gpus import GPUS_PER_HOST as GPUS_PER_HOST
 from pallas_kernels.aot.gpus import Rates as Rates
 from pallas_kernels.aot.gpus import rates as rates

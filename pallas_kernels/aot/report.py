@@ -1,13 +1,11 @@
 """Compiles a program for a GPU that this machine does not have, and reports what the machine code is like."""
 
-import collections
 import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
 import pathlib
-import re
 import shutil
 import sys
 import tempfile
@@ -21,17 +19,12 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import _dispatch
-from pallas_kernels.aot import triton_ptx
+from pallas_kernels.aot import hlo, triton_ptx
 from pallas_kernels.aot.case import Case
 from pallas_kernels.aot.gpus import GPUS_PER_HOST, capability, description
 from pallas_kernels.aot.sass import KernelFacts, parse
 
 _DUMPS = ("MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_RESOURCES", "MOSAIC_GPU_DUMP_SASS")
-_COLLECTIVE = re.compile(
-    r"= (?P<shape>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    r"|collective-broadcast|ragged-all-to-all)(?:-start)?\("
-)
-_ARRAY = re.compile(r"\b(pred|[suf]\d+\w*|bf16|c\d+)\[([\d,]*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +170,7 @@ def compile_program(
         output_bytes=memory.output_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        collectives=_collectives(compiled.executable.as_text() or ""),
+        collectives=hlo.collectives(hlo.parse(compiled.executable.as_text() or "")),
     )
 
 
@@ -243,19 +236,6 @@ def _printed(switches: tuple[str, ...]) -> Iterator[dict[str, str]]:
                     os.environ[name] = value
             sink.seek(0)
             box["text"] = sink.read().decode(errors="replace")
-
-
-def _collectives(hlo: str) -> dict[str, tuple[int, int]]:
-    counts: collections.Counter[str] = collections.Counter()
-    sizes: collections.Counter[str] = collections.Counter()
-    for found in _COLLECTIVE.finditer(hlo):
-        counts[found["kind"]] += 1
-        for dtype, shape in _ARRAY.findall(found["shape"]):
-            bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
-            sizes[found["kind"]] += (
-                int(np.prod([int(n) for n in shape.split(",") if n])) * bits // 8
-            )
-    return {kind: (counts[kind], sizes[kind]) for kind in counts}
 
 
 def compile_case(case: Case, *, target: str = "h200", devices: int = 1) -> Report:

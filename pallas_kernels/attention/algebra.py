@@ -83,11 +83,6 @@ def tokens(inputs: Inputs, context: Context, options: Options) -> tuple[Tokens, 
     )
 
 
-def compute_dtype(dtype) -> jnp.dtype:
-    """The dtype of logits, softmax and accumulators: float32, or float64 for float64 inputs."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-
-
 def finite_tokens(*arrays: jax.Array) -> jax.Array:
     """Which tokens, `[B, length, heads]`, are finite in all of `arrays [B, length, heads, dim]`.
 

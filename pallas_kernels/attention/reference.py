@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._inert import finite_part, spoil
+from pallas_kernels._precision import compute_dtype
 from pallas_kernels.attention import algebra
 
 
@@ -17,7 +18,7 @@ def attention(
     """Returns `(out [B, T, N, Dv], lse [B, T, N])`; float32 inside (float64 for float64 inputs)."""
     batch, q_len, num_heads, head_dim = inputs.query.shape
     kv_len, num_kv_heads = inputs.key.shape[1:3]
-    compute = algebra.compute_dtype(inputs.query.dtype)
+    compute = compute_dtype(inputs.query.dtype)
     query, key, value = (finite_part(array.astype(compute)) for array in inputs[:3])
     spoiled = _per_head(~algebra.finite_tokens(inputs.key, inputs.value), num_heads)[:, :, None]
     spoiled = spoiled | _per_head(~algebra.finite_tokens(inputs.query), num_heads)[..., None]

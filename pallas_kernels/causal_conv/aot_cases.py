@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels as pk
-from pallas_kernels._l2norm import l2_normalize
+from pallas_kernels._precision import l2_normalize
 from pallas_kernels.aot.case import Case, Program
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._inert import finite_part
-from pallas_kernels._l2norm import l2_normalize
+from pallas_kernels._precision import compute_dtype, l2_normalize
 
 
 @functools.partial(jax.jit, static_argnames="activation", inline=True)
@@ -84,7 +84,7 @@ class _Convolved(NamedTuple):
 def _convolved(x, weight, bias, initial_state, segment_ids) -> _Convolved:
     batch, length, features = x.shape
     width = weight.shape[0]
-    compute = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    compute = compute_dtype(x.dtype)
     if initial_state is None:
         before = jnp.zeros((batch, width, features), x.dtype)
     else:

@@ -26,11 +26,6 @@ class Options(NamedTuple):
     scale: float
 
 
-def compute_dtype(dtype) -> jnp.dtype:
-    """The dtype of logits, softmax and accumulators: float32, or float64 for float64 queries."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-
-
 def numbers(codes: jax.Array) -> jax.Array:
     """uint8 as the float8_e4m3fn whose bits it holds; anything else as it is."""
     return codes.view(jnp.float8_e4m3fn) if codes.dtype == jnp.uint8 else codes

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._inert import finite_part
+from pallas_kernels._precision import compute_dtype
 from pallas_kernels.decode import algebra, tuning
 
 
@@ -69,7 +70,7 @@ def _pair(options: algebra.Options, of_pair, seen, sinks, is_clean=True):
     rows, key, value, key_scale, value_scale = of_pair
     num_new, capacity = seen.shape
     group = rows.shape[0] // num_new
-    compute = algebra.compute_dtype(rows.dtype)
+    compute = compute_dtype(rows.dtype)
 
     def widened(cache):
         cache = algebra.numbers(cache)

@@ -7,6 +7,7 @@ the lengths or outside of the window reaches nobody, in no derivative either.
 import jax.numpy as jnp
 
 from pallas_kernels._inert import finite_part, spoil
+from pallas_kernels._precision import compute_dtype
 from pallas_kernels.decode import algebra
 
 
@@ -14,7 +15,7 @@ def decode_attention(operands: algebra.Operands, options: algebra.Options):
     """Returns `[B, T, N, Dv]`; softmax in float32."""
     batch, num_new, num_heads, head_dim = operands.query.shape
     num_kv_heads, capacity = operands.key_cache.shape[1:3]
-    compute = algebra.compute_dtype(operands.query.dtype)
+    compute = compute_dtype(operands.query.dtype)
     query, key, value = (algebra.numbers(array).astype(compute) for array in operands[:3])
     spoiled = ~(jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1))  # [B, K, S]
     grouped = finite_part(query).reshape(batch, num_new, num_kv_heads, -1, head_dim)

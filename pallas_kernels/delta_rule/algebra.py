@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels._l2norm import EPSILON
-from pallas_kernels._l2norm import l2_normalize as l2_normalize
+from pallas_kernels._precision import EPSILON
+from pallas_kernels._precision import l2_normalize as l2_normalize
 
 BLOCK = 16  # width of the substitution inside the triangular inverse
 
@@ -28,11 +28,6 @@ def for_values(x, value_heads):
     Products whose operands have all batch axes in common need no transposes around them, which cost more than copies.
     """
     return jnp.broadcast_to(x[:, :, None], (*x.shape[:2], value_heads, *x.shape[2:]))
-
-
-def compute_dtype(dtype):
-    """What sums, gates and states are held in: float32, or float64 for float64 inputs."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def segment_starts(segment_ids):

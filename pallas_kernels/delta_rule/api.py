@@ -10,11 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch, _sharding
 from pallas_kernels._inert import finite_part
-from pallas_kernels.delta_rule import algebra, order, reference, step, tuning, vjp
+from pallas_kernels._precision import compute_dtype
+from pallas_kernels.delta_rule import order, reference, step, tuning, vjp
 from pallas_kernels.delta_rule.hopper import tuning as hopper_tuning
 from pallas_kernels.delta_rule.step import tuning as step_tuning
-
-_STEP_TOKENS = 8
 
 
 class GatedDeltaRuleOutput(NamedTuple):
@@ -123,7 +122,7 @@ def gated_delta_rule(
     is_short = isinstance(sizes["T"], int) and sizes["T"] <= tuning.RECURRENT_TOKENS
     implementations = _OF_FEW_TOKENS if is_short else _IMPLEMENTATIONS
     run = _dispatch.choose("gated_delta_rule", implementation, implementations, call=call)
-    compute = algebra.compute_dtype(value.dtype)
+    compute = compute_dtype(value.dtype)
     if initial_state is None:
         shape = (sizes["sequences"], sizes["Hv"], sizes["Dk"], sizes["Dv"])
         initial_state = jnp.zeros_like(value, compute, shape)
@@ -342,9 +341,9 @@ def _check_cu_seqlens(cu_seqlens, segment_ids, sizes) -> None:
 
 def _check_step(query, key, value, g, beta, state, slots) -> dict[str, int]:
     sizes = _check_operands(query, key, value, g, beta)
-    if not 1 <= sizes["T"] <= _STEP_TOKENS:
+    if not 1 <= sizes["T"] <= step_tuning.MAX_STEP_TOKENS:
         raise ValueError(
-            f"`query` must hold 1 to {_STEP_TOKENS} tokens, got T={sizes['T']}; use gated_delta_rule"
+            f"`query` must hold 1 to {step_tuning.MAX_STEP_TOKENS} tokens, got T={sizes['T']}; use gated_delta_rule"
         )
     _checks.check_array(
         "state", state, "B Hv Dk Dv" if slots is None else "num_slots Hv Dk Dv", sizes

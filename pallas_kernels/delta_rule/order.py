@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._inert import finite_part, spoil
+from pallas_kernels._precision import compute_dtype
 from pallas_kernels.delta_rule import algebra
 
 
@@ -278,7 +279,7 @@ def places(order: Order) -> Order:
 
 def load(plan: Plan, place: Order, query, key, value, g, beta) -> Tokens:
     """One chunk's operands, each `[z C, ...]`, wide, heads first and by groups; 0 on padding and where not finite."""
-    compute = algebra.compute_dtype(value.dtype)
+    compute = compute_dtype(value.dtype)
     heads = key.shape[1]
 
     def clean(x):

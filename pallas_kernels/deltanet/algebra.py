@@ -3,10 +3,12 @@
 Written with operations that every backend has and that compile to neither a subroutine nor a lossy approximation.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
 class Inputs(NamedTuple):
@@ -65,9 +67,44 @@ def softplus(x):
     return jnp.maximum(x, 0.0) + 2.0 * z * series
 
 
-def gates(write, decay, A_log, dt_bias, *, allow_negative_eigenvalues: bool):
-    """`(g, beta)` from the two logits of a value head."""
+def gates(
+    write,
+    decay,
+    A_log,
+    dt_bias,
+    *,
+    allow_negative_eigenvalues: bool,
+    sigmoid: Callable[..., jax.Array] = jax.nn.sigmoid,
+    softplus: Callable[..., jax.Array] = jax.nn.softplus,
+) -> tuple[jax.Array, jax.Array]:
+    """`(g, beta)` from the two logits of a value head; inside a kernel with the two functions of this file."""
     beta = sigmoid(write)
     if allow_negative_eigenvalues:
         beta = 2.0 * beta
     return -jnp.exp(A_log) * softplus(decay + dt_bias), beta
+
+
+def gated_deltanet_gates(
+    logits: Float[Array, "B T Hk 2*n"],
+    A_log: Float[Array, "Hk n"],
+    dt_bias: Float[Array, "Hk n"],
+    *,
+    allow_negative_eigenvalues: bool = False,
+) -> tuple[Float[Array, "B T Hv"], Float[Array, "B T Hv"]]:
+    """Log decay `g = -exp(A_log) softplus(a + dt_bias)` and writing strength `beta = sigmoid(b)` of Gated DeltaNet.
+
+    Args:
+      logits: `[B, T, Hk, 2 n]`, per key head b of its n value heads, then a; computed in its dtype.
+      A_log, dt_bias: `[Hk, n]`.
+      allow_negative_eigenvalues: `beta = 2 sigmoid(b)`.
+    """
+    group = logits.shape[-1] // 2
+    A_log, dt_bias = (x.astype(logits.dtype)[None, None] for x in (A_log, dt_bias))
+    g, beta = gates(
+        logits[..., :group],
+        logits[..., group:],
+        A_log,
+        dt_bias,
+        allow_negative_eigenvalues=allow_negative_eigenvalues,
+    )
+    return g.reshape(*g.shape[:2], -1), beta.reshape(*g.shape[:2], -1)

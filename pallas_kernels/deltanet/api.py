@@ -10,10 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch, _sharding
+from pallas_kernels.delta_rule.step.tuning import MAX_STEP_TOKENS
 from pallas_kernels.deltanet import reference, step, tuning
 from pallas_kernels.deltanet.algebra import Inputs, Options
-
-_STEP_TOKENS = 8
 
 
 class GatedDeltaNetStepOutput(NamedTuple):
@@ -168,9 +167,10 @@ def _check(inputs: Inputs, state, slots) -> dict[str, int]:
             f"`mixed` must have at least C = 2 Dk + n Dv = {sizes['C']} channels, got F={sizes['F']}"
         )
     _checks.check_float("mixed", inputs.mixed)
-    if not 1 <= sizes["T"] <= _STEP_TOKENS:
+    if not 1 <= sizes["T"] <= MAX_STEP_TOKENS:
         raise ValueError(
-            f"`mixed` must hold 1 to {_STEP_TOKENS} tokens, got T={sizes['T']}; use causal_conv1d and gated_delta_rule"
+            f"`mixed` must hold 1 to {MAX_STEP_TOKENS} tokens, got T={sizes['T']}; "
+            "use causal_conv1d and gated_delta_rule"
         )
     letters = {
         "logits": "B T Hk 2*n",

@@ -25,11 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mosaic_gpu
-from pallas_kernels.delta_rule.step import mosaic_gpu as delta_rule
 from pallas_kernels.delta_rule.step.mosaic_gpu import Block, Shapes
-from pallas_kernels.delta_rule.step.tuning import StepConfig
 from pallas_kernels.deltanet import algebra
-from pallas_kernels.deltanet.algebra import Inputs, Options
+from pallas_kernels.deltanet.algebra import Inputs
 
 
 class Convolved:
@@ -123,8 +121,7 @@ class Convolved:
             pl.when(place < width)(before)
             pl.when(place >= width)(after)
 
-    def gates(self, s: _mosaic_gpu.Scratch, block: Block, t: int) -> tuple[jax.Array, jax.Array]:
-        del s
+    def gates(self, _: _mosaic_gpu.Scratch, block: Block, t: int) -> tuple[jax.Array, jax.Array]:
         inputs, group = self.inputs, self.shapes.group
         key_head, inner = lax.div(block.head, group), lax.rem(block.head, group)
         wide = lambda ref, *place: ref[place].astype(jnp.float32)
@@ -133,36 +130,10 @@ class Convolved:
             wide(inputs.logits, block.row, t, key_head, group + inner),
             wide(inputs.A_log, key_head, inner), wide(inputs.dt_bias, key_head, inner),
             allow_negative_eigenvalues=self.allow_negative_eigenvalues,
+            sigmoid=algebra.sigmoid,
+            softplus=algebra.softplus,
         )  # fmt: skip
         if inputs.lengths is not None:
             real = t < inputs.lengths[block.row]
             g, beta = jnp.where(real, g, 0.0), jnp.where(real, beta, 0.0)
         return g, beta
-
-
-def step(
-    inputs: Inputs,
-    state: jax.Array,
-    slots: jax.Array | None,
-    *,
-    options: Options,
-    config: StepConfig,
-) -> tuple[Any, ...]:
-    """`(out, state after, states or None, windows [rows, W, Hk, C])`; rows without a slot leave no window."""
-    rows, length = inputs.mixed.shape[:2]
-    width, key_heads, features = inputs.conv_kernel.shape
-    heads, key_dim, value_dim = state.shape[1:]
-    shapes = Shapes(
-        rows, length, key_heads, heads, key_dim, value_dim, options.return_states, options.scale,
-        options.use_qk_l2norm, config,
-    )  # fmt: skip
-    if slots is not None:
-        slots = slots.astype(jnp.int32)
-    if inputs.lengths is not None:
-        inputs = inputs._replace(lengths=inputs.lengths.astype(jnp.int32))
-    leaves, tree = jax.tree.flatten(inputs)
-    windows = jax.ShapeDtypeStruct((rows, width, key_heads, features), inputs.mixed.dtype)
-    return delta_rule.launch(
-        shapes, functools.partial(Convolved, options.allow_negative_eigenvalues, tree), leaves, state,
-        slots, out_dtype=inputs.mixed.dtype, name="gated_deltanet_step", outputs=(windows,),
-    )  # fmt: skip

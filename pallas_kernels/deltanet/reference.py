@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._precision import compute_dtype
 from pallas_kernels.causal_conv import reference as causal_conv
 from pallas_kernels.delta_rule import step as delta_rule
-from pallas_kernels.delta_rule.algebra import compute_dtype
-from pallas_kernels.deltanet.algebra import Inputs, Options
+from pallas_kernels.deltanet.algebra import Inputs, Options, gated_deltanet_gates
 
 
 def step(options: Options, inputs: Inputs, state, slots):
@@ -37,7 +37,12 @@ def step(options: Options, inputs: Inputs, state, slots):
         pads = (segment_ids < 0)[..., None]
         logits = jnp.where(pads[..., None], jnp.zeros((), inputs.logits.dtype), inputs.logits)
         inputs = inputs._replace(logits=logits)
-    g, beta = _gates(options, inputs)
+    g, beta = gated_deltanet_gates(
+        inputs.logits.astype(compute_dtype(mixed.dtype)),
+        inputs.A_log,
+        inputs.dt_bias,
+        allow_negative_eigenvalues=options.allow_negative_eigenvalues,
+    )
     if segment_ids is not None:  # g = 0 and beta = 0 leave the state as it is
         g, beta = (jnp.where(pads, jnp.zeros((), x.dtype), x) for x in (g, beta))
     out, state, states = delta_rule.recurrence(
@@ -48,17 +53,3 @@ def step(options: Options, inputs: Inputs, state, slots):
     if slots is not None:
         windows = delta_rule.into_pool(pool, windows, slots)
     return out, state, states, windows
-
-
-def _gates(options: Options, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-    """Log decay `g <= 0` and write strength `beta`, both `[B, T, Hv]`."""
-    compute = compute_dtype(inputs.mixed.dtype)
-    logits = inputs.logits.astype(compute)
-    group = logits.shape[-1] // 2
-    beta = jax.nn.sigmoid(logits[..., :group])
-    if options.allow_negative_eigenvalues:
-        beta = 2.0 * beta
-    A_log, dt_bias = (x.astype(compute)[None, None] for x in (inputs.A_log, inputs.dt_bias))
-    g = -jnp.exp(A_log) * jax.nn.softplus(logits[..., group:] + dt_bias)
-    flat = (*logits.shape[:2], -1)
-    return g.reshape(flat), beta.reshape(flat)

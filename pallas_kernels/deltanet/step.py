@@ -1,8 +1,10 @@
 """Decode steps of Gated DeltaNet: the composition in XLA, and the kernels with its derivative."""
 
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.delta_rule import step as delta_rule
 from pallas_kernels.delta_rule.step import tuning as delta_rule_tuning
@@ -54,14 +56,25 @@ _program = functools.partial(jax.jit, static_argnums=(0, 1), inline=True)(_kerne
 def _launch(implementation: str, options: Options, tokens, pools, slots, weights):
     # A kernel's file is imported where it is called: a machine without it never reads it.
     if implementation == "triton":
-        from pallas_kernels.deltanet import triton as kernel
+        from pallas_kernels.delta_rule.step.triton import launch
+        from pallas_kernels.deltanet.triton import convolved
     else:
-        from pallas_kernels.deltanet import mosaic_gpu as kernel
+        from pallas_kernels.delta_rule.step.mosaic_gpu import launch
+        from pallas_kernels.deltanet.mosaic_gpu import Convolved as convolved
     mixed, logits, lengths = tokens
     state, conv_state = pools
-    conv_kernel, conv_bias, A_log, dt_bias = weights
-    inputs = Inputs(
-        mixed, logits, conv_state, conv_kernel, conv_bias, A_log, dt_bias, lengths
-    )  # fmt: skip
-    config = delta_rule_tuning.config(implementation, rows=mixed.shape[0], state=state)
-    return kernel.step(inputs, state, slots, options=options, config=config)
+    if lengths is not None:
+        lengths = lengths.astype(jnp.int32)
+    leaves, tree = jax.tree.flatten(Inputs(mixed, logits, conv_state, *weights, lengths=lengths))
+    window = jax.ShapeDtypeStruct((mixed.shape[0], *conv_state.shape[1:]), mixed.dtype)
+    source: Any = functools.partial(convolved, options.allow_negative_eigenvalues, tree)
+    return launch(
+        delta_rule_tuning.shapes(implementation, mixed.shape[:3], state, options),
+        source,
+        leaves,
+        state,
+        None if slots is None else slots.astype(jnp.int32),
+        out_dtype=mixed.dtype,
+        name="gated_deltanet_step",
+        outputs=(window,),
+    )

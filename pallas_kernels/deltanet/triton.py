@@ -11,22 +11,18 @@ and key channels are written by the first block of a key head, value channels by
 Source: the layer of Gated Delta Networks (arXiv 2412.06464, section 3.4), token by token.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.delta_rule.algebra import Token
-from pallas_kernels.delta_rule.step import triton as delta_rule
 from pallas_kernels.delta_rule.step.triton import Block, Shapes, wide
-from pallas_kernels.delta_rule.step.tuning import StepConfig
 from pallas_kernels.deltanet import algebra
-from pallas_kernels.deltanet.algebra import Inputs, Options
+from pallas_kernels.deltanet.algebra import Inputs
 
 
 def convolved(
@@ -65,6 +61,8 @@ def convolved(
             wide(inputs.logits[block.row, t, key_head, group + inner]),
             wide(inputs.A_log[key_head, inner]), wide(inputs.dt_bias[key_head, inner]),
             allow_negative_eigenvalues=allow_negative_eigenvalues,
+            sigmoid=algebra.sigmoid,
+            softplus=algebra.softplus,
         )  # fmt: skip
         if inputs.lengths is not None:
             real = t < inputs.lengths[block.row]
@@ -91,31 +89,3 @@ def _leave_window(shapes: Shapes, block: Block, inputs: Inputs, windows, channel
             x = jnp.where(place < width, *inside)
         # A masked store wants indices with a shape.
         plt.store(windows.at[block.row, np.int32(i), *channels], x, mask=mask)
-
-
-def step(
-    inputs: Inputs,
-    state: jax.Array,
-    slots: jax.Array | None,
-    *,
-    options: Options,
-    config: StepConfig,
-) -> tuple[Any, ...]:
-    """`(out, state after, states or None, windows [rows, W, Hk, C])`; rows without a slot leave no window."""
-    rows, length = inputs.mixed.shape[:2]
-    width, key_heads, features = inputs.conv_kernel.shape
-    heads, key_dim, value_dim = state.shape[1:]
-    shapes = Shapes(
-        rows, length, key_heads, heads, key_dim, value_dim, options.return_states, options.scale,
-        options.use_qk_l2norm, config,
-    )  # fmt: skip
-    if slots is not None:
-        slots = slots.astype(jnp.int32)
-    if inputs.lengths is not None:
-        inputs = inputs._replace(lengths=inputs.lengths.astype(jnp.int32))
-    leaves, tree = jax.tree.flatten(inputs)
-    windows = jax.ShapeDtypeStruct((rows, width, key_heads, features), inputs.mixed.dtype)
-    return delta_rule.launch(
-        shapes, functools.partial(convolved, options.allow_negative_eigenvalues, tree), leaves, state,
-        slots, out_dtype=inputs.mixed.dtype, name="gated_deltanet_step", outputs=(windows,),
-    )  # fmt: skip

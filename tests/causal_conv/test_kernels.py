@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gqa_jax.planner import hlo
 from pallas_kernels import _dispatch, aot, causal_conv1d_qkv, explain
+from pallas_kernels.aot import hlo
 from pallas_kernels.causal_conv import aot_cases, tuning
 from pallas_kernels.causal_conv.tuning import ROWS
 from tests.support.aot import require

@@ -23,8 +23,9 @@ from gqa_jax.parallel import tensor as tp
 from gqa_jax.parallel.context import ContextParallel, context_attention
 from gqa_jax.parallel.context.affine import cheapest_exchange
 from gqa_jax.parallel.sharding import MeshAxes, parameter_shardings
-from gqa_jax.planner import costs, hlo
+from gqa_jax.planner import costs
 from pallas_kernels import aot
+from pallas_kernels.aot import hlo
 from tests.support.aot import require
 from tests.support.meshes import mesh as cpu_mesh
 

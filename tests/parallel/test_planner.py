@@ -9,11 +9,11 @@ import pytest
 from gqa_jax import DecoderConfig
 from gqa_jax.__main__ import main
 from gqa_jax.hf.config import PRESETS
-from gqa_jax.planner import costs, hlo, plan, programs
+from gqa_jax.planner import costs, plan, programs
 from gqa_jax.planner.mesh import parse_mesh, plan_mesh
 from gqa_jax.planner.model_flops import model_flops
 from gqa_jax.train.step import TrainOutput
-from pallas_kernels.aot import Rates, rates
+from pallas_kernels.aot import Rates, hlo, rates
 from tests.support.aot import require
 
 RATES = Rates(bf16_flops=1e9, hbm_bytes=1e6, nvlink_bytes=1e5, network_bytes=1e4, memory_bytes=1e9)

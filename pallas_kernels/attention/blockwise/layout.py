@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels._precision import compute_dtype
 from pallas_kernels.attention import algebra, tuning
 
 
@@ -58,7 +59,7 @@ def make_problem(
     kv_len = -(-inputs.key.shape[1] // size.keys) * size.keys
     # bfloat16 products accumulate exactly in float32; float16 would overflow where float32 logits do not.
     dtype = inputs.query.dtype
-    dtype = dtype if dtype == jnp.bfloat16 else algebra.compute_dtype(dtype)
+    dtype = dtype if dtype == jnp.bfloat16 else compute_dtype(dtype)
 
     def matrix(array):
         """`[B|1, N|1, T|1, S|1]` to `[B|1, K|1, R|1, T|1, S|1]`, padded."""

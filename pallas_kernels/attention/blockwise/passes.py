@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._inert import finite_part
+from pallas_kernels._precision import compute_dtype
 from pallas_kernels.attention import algebra
 from pallas_kernels.attention.blockwise.layout import (
     At,
@@ -54,7 +55,7 @@ def forward(
     problem = make_problem(inputs, context, options, size)
     plan = make_plan(problem, options, size)
     num_kv_heads, group = problem.query.shape[1:3]
-    compute = algebra.compute_dtype(inputs.query.dtype)
+    compute = compute_dtype(inputs.query.dtype)
     shape = (size.batch, size.heads, group, size.queries)
     sinks = None
     if inputs.sinks is not None:
@@ -121,7 +122,7 @@ def backward(
     problem = make_problem(inputs, context, options, size)
     plan = make_plan(problem, options, size)
     group, q_len, head_dim = problem.query.shape[2:]
-    compute = algebra.compute_dtype(inputs.query.dtype)
+    compute = compute_dtype(inputs.query.dtype)
     shape = (size.batch, size.heads, group, size.queries)
     (out, lse), (d_out, d_lse) = saved, cotangents
 

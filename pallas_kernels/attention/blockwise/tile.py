@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels._precision import compute_dtype
 from pallas_kernels.attention import algebra
 from pallas_kernels.attention.blockwise.layout import start_of, take, tile_tokens
 
 
 def product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
     """A batched matrix product accumulated in float32 (float64); float32 operands are not rounded first."""
-    precision, compute = "highest", algebra.compute_dtype(left.dtype)
+    precision, compute = "highest", compute_dtype(left.dtype)
     if left.dtype == jnp.bfloat16:
         # Products of bfloat16 are exact in float32, and "highest" would cost XLA's CPU its bfloat16 instructions.
         precision = "default"

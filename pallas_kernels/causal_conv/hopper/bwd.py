@@ -33,7 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mosaic_gpu
-from pallas_kernels._l2norm import EPSILON
+from pallas_kernels._precision import EPSILON
 from pallas_kernels.causal_conv.hopper.tile import (
     Inputs,
     Shapes,

@@ -282,9 +282,8 @@ def turned(tile):
     return value.astype(jnp.float32)
 
 
-def replayed(shapes: Shapes, s, place: Place, wg, slot, _, state, rounded):
+def replayed(_: Shapes, s, place: Place, wg, slot, __, state, rounded):
     """The state after a chunk (`algebra.advance`)."""
-    del shapes
     table, keys = s.tables.at[slot], s.keys.at[slot]
     recalled = product(rounded, keys.T)
     value = place.per_unit * turned(s.tokens.at[slot, wg])

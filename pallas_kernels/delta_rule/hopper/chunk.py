@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _mosaic_gpu
-from pallas_kernels._l2norm import EPSILON
+from pallas_kernels._precision import EPSILON
 from pallas_kernels.delta_rule import order
 from pallas_kernels.delta_rule.hopper.tuning import CHUNK
 

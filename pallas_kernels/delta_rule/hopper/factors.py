@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._l2norm import EPSILON
+from pallas_kernels._precision import EPSILON
 from pallas_kernels.delta_rule.hopper.chains import COLUMNS, Shapes, by_row
 from pallas_kernels.delta_rule.hopper.chunk import (
     CHUNK,

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.delta_rule import algebra, reference
+from pallas_kernels._precision import compute_dtype
+from pallas_kernels.delta_rule import reference
 from pallas_kernels.delta_rule.step import tuning
 
 
@@ -32,7 +33,7 @@ class Options(NamedTuple):
 def state_dtype(state, value) -> Any:
     """What a state is returned in: 16-bit ones keep their dtype, others are float32 (float64 beside float64 values)."""
     is_narrow = jnp.dtype(state.dtype).itemsize == 2
-    return state.dtype if is_narrow else algebra.compute_dtype(value.dtype)
+    return state.dtype if is_narrow else compute_dtype(value.dtype)
 
 
 def run(
@@ -44,7 +45,7 @@ def run(
 
 def recurrence(options: Options, tokens: Tokens, state, slots):
     """`(out, state after, states or None)` in XLA; the state's dtype is kept."""
-    compute = algebra.compute_dtype(tokens.value.dtype)
+    compute = compute_dtype(tokens.value.dtype)
     rows, segment_ids = state, None
     if slots is not None:
         slots = in_pool(slots, state.shape[0])
@@ -128,12 +129,20 @@ def by_rows(launch: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _launch(implementation: str, options: Options, tokens: Tokens, state, slots, weights):
-    del weights  # there are none
+def _launch(implementation: str, options: Options, tokens: Tokens, state, slots, _):
     # A kernel's file is imported where it is called: a machine without it never reads it.
     if implementation == "triton":
-        from pallas_kernels.delta_rule.step import triton as kernel
+        from pallas_kernels.delta_rule.step.triton import launch, loaded
     else:
-        from pallas_kernels.delta_rule.step import mosaic_gpu as kernel
-    config = tuning.config(implementation, rows=tokens.query.shape[0], state=state)
-    return kernel.step(*tokens, state, slots=slots, config=config, **options._asdict())
+        from pallas_kernels.delta_rule.step.mosaic_gpu import Loaded as loaded
+        from pallas_kernels.delta_rule.step.mosaic_gpu import launch
+    gates = (tokens.g.astype(jnp.float32), tokens.beta.astype(jnp.float32))
+    return launch(
+        tuning.shapes(implementation, tokens.query.shape[:3], state, options),
+        loaded,  # pyright: ignore[reportArgumentType]
+        (*tokens[:3], *gates),
+        state,
+        None if slots is None else slots.astype(jnp.int32),
+        out_dtype=tokens.value.dtype,
+        name="gated_delta_rule_step",
+    )

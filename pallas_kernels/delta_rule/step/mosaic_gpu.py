@@ -21,7 +21,6 @@ block.
 Rule: section 3.3 of Gated Delta Networks (arXiv 2412.06464), token by token.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -30,47 +29,24 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels import _mosaic_gpu
 from pallas_kernels.delta_rule.algebra import Token, write_and_read
-from pallas_kernels.delta_rule.step.tuning import StepConfig
+from pallas_kernels.delta_rule.step.tuning import Shapes
 
 
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """Everything static about one kernel."""
+def matrix_layout(columns: int, dtype: DTypeLike) -> Any:
+    """Register layout of a `[Dk, columns]` tile of a state of this type.
 
-    rows: int
-    length: int
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-    states: bool
-    scale: float
-    use_qk_l2norm: bool
-    config: StepConfig
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        return (self.rows, self.value_heads, self.value_dim // self.config.columns)
-
-    @property
-    def group(self) -> int:
-        """Value heads of one key head."""
-        return self.value_heads // self.key_heads
-
-    def matrix(self, dtype) -> Any:
-        """Register layout of a `[Dk, columns]` tile of a state of this type.
-
-        The swizzle of a shared-memory tile moves 16-byte pieces by the number of their row modulo 8. A warp's columns
-        are `pieces` of them wide, so the lanes that are served together take every `pieces`-th row: no bank twice.
-        """
-        columns = self.config.columns // 4  # of one warp
-        lanes = columns // 4  # side by side; the others take further rows
-        pieces = columns * jnp.dtype(dtype).itemsize // 16
-        tiling = plgpu.Tiling(((32 // lanes, self.config.columns), (pieces, columns), (4,)))
-        return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -5, -2), vector_dim=-1)
+    The swizzle of a shared-memory tile moves 16-byte pieces by the number of their row modulo 8. A warp's columns
+    are `pieces` of them wide, so the lanes that are served together take every `pieces`-th row: no bank twice.
+    """
+    of_warp = columns // 4
+    lanes = of_warp // 4  # side by side; the others take further rows
+    pieces = of_warp * jnp.dtype(dtype).itemsize // 16
+    tiling = plgpu.Tiling(((32 // lanes, columns), (pieces, of_warp), (4,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -5, -2), vector_dim=-1)
 
 
 class Block(NamedTuple):
@@ -117,8 +93,7 @@ class Source(Protocol):
 class Loaded:
     """Tokens as `gated_delta_rule_step` takes them: `inputs` are query, key, value, g and beta."""
 
-    def __init__(self, shapes: Shapes, inputs: Sequence[Any], outputs: Sequence[Any]):
-        del outputs
+    def __init__(self, shapes: Shapes, inputs: Sequence[Any], _: Sequence[Any]):
         self.shapes = shapes
         self.query, self.key, self.value, self.g, self.beta = inputs
         self.per_channel = len(self.g.shape) == 4
@@ -218,7 +193,7 @@ def walk(shapes: Shapes, source: Source, s, state, slots, out, states) -> None:
     """One block: `columns` columns of one head of one row."""
     row, head, tile = (lax.axis_index(name) for name in ("row", "head", "tile"))
     columns = pl.ds(tile * shapes.config.columns, shapes.config.columns)
-    matrix = shapes.matrix(state.dtype)
+    matrix = matrix_layout(shapes.config.columns, state.dtype)
     layouts = (matrix, matrix.reduce(1), matrix.reduce(0))
     here = lambda slot: Block(row, head, tile, slot, columns, *layouts)
     if slots is None:
@@ -269,7 +244,8 @@ def launch(
             **scratch_spec(shapes, tokens, state.dtype, out_dtype),
         )
 
-    mesh = plgpu.Mesh(grid=shapes.grid, grid_names=("row", "head", "tile"))
+    grid = (shapes.rows, shapes.value_heads, shapes.tiles)
+    mesh = plgpu.Mesh(grid=grid, grid_names=("row", "head", "tile"))
     run: Any = pl.kernel(
         kernel,
         out_type=[*results, *outputs],
@@ -280,22 +256,3 @@ def launch(
     made = run(*operands)
     states = made[1] if shapes.states else None
     return made[0], jax.freeze(pool), states, *made[len(results) :]
-
-
-def step(
-    query: jax.Array, key: jax.Array, value: jax.Array, g: jax.Array, beta: jax.Array, state: jax.Array, *,
-    slots: jax.Array | None, scale: float, use_qk_l2norm: bool, return_states: bool, config: StepConfig,
-) -> tuple[Any, ...]:  # fmt: skip
-    """`(out, state after, states or None)`; arguments as for `gated_delta_rule_step`, the state's dtype kept."""
-    rows, length, key_heads, key_dim = query.shape
-    shapes = Shapes(
-        rows, length, key_heads, value.shape[2], key_dim, value.shape[3], return_states, scale,
-        use_qk_l2norm, config,
-    )  # fmt: skip
-    gates = (g.astype(jnp.float32), beta.astype(jnp.float32))
-    if slots is not None:
-        slots = slots.astype(jnp.int32)
-    return launch(
-        shapes, Loaded, (query, key, value, *gates), state, slots, out_dtype=value.dtype,
-        name="gated_delta_rule_step",
-    )  # fmt: skip

@@ -15,7 +15,6 @@ Rule: section 3.3 of Gated Delta Networks (arXiv 2412.06464), token by token.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,42 +25,12 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels import _dispatch
 from pallas_kernels.delta_rule.algebra import Token, write_and_read
-from pallas_kernels.delta_rule.step.tuning import StepConfig
+from pallas_kernels.delta_rule.step.tuning import Shapes
 
 
 def interpreted() -> contextlib.AbstractContextManager[None]:
     """Runs the kernels traced inside on the CPU, by Pallas' interpreter."""
     return _dispatch.targeting(_dispatch.Target("cpu", "8.0", interpret=True))
-
-
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-    """Everything static about one kernel."""
-
-    rows: int
-    length: int
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-    states: bool
-    scale: float
-    use_qk_l2norm: bool
-    config: StepConfig
-
-    @property
-    def tiles(self) -> int:
-        return self.value_dim // self.config.columns
-
-    @property
-    def group(self) -> int:
-        """Value heads of one key head."""
-        return self.value_heads // self.key_heads
-
-    @property
-    def grid(self) -> tuple[int]:
-        # One axis: CUDA limits the other two to 65,535 blocks.
-        return (self.rows * self.value_heads * self.tiles,)
 
 
 class Block(NamedTuple):
@@ -90,9 +59,8 @@ def wide(x) -> jax.Array:
     return x.astype(jnp.float32)
 
 
-def loaded(shapes: Shapes, block: Block, inputs: Sequence[Any], outputs: Sequence[Any]):
+def loaded(shapes: Shapes, block: Block, inputs: Sequence[Any], _: Sequence[Any]):
     """Tokens as `gated_delta_rule_step` takes them: `inputs` are query, key, value, g and beta."""
-    del outputs
     query, key, value, g, beta = inputs
     row, head, key_head = block.row, block.head, block.head // shapes.group
 
@@ -179,7 +147,8 @@ def launch(
     out, after, *made = pl.pallas_call(
         kernel,
         out_shape=[*results, *outputs],
-        grid=shapes.grid,
+        # One axis: CUDA limits the other two to 65,535 blocks.
+        grid=(shapes.rows * shapes.value_heads * shapes.tiles,),
         input_output_aliases={0: 1},
         compiler_params=plt.CompilerParams(num_warps=shapes.config.warps, num_stages=1),
         interpret=_dispatch.target().interpret is not None,
@@ -187,21 +156,3 @@ def launch(
     )(*operands)
     states = made.pop(0) if shapes.states else None
     return out, after, states, *made
-
-
-def step(
-    query: jax.Array, key: jax.Array, value: jax.Array, g: jax.Array, beta: jax.Array, state: jax.Array, *,
-    slots: jax.Array | None, scale: float, use_qk_l2norm: bool, return_states: bool, config: StepConfig,
-) -> tuple[Any, ...]:  # fmt: skip
-    """`(out, state after, states or None)`; arguments as for `gated_delta_rule_step`, the state's dtype kept."""
-    rows, length, key_heads, key_dim = query.shape
-    shapes = Shapes(
-        rows, length, key_heads, value.shape[2], key_dim, value.shape[3], return_states, scale,
-        use_qk_l2norm, config,
-    )  # fmt: skip
-    if slots is not None:
-        slots = slots.astype(jnp.int32)
-    return launch(
-        shapes, loaded, (query, key, value, g, beta), state, slots, out_dtype=value.dtype,
-        name="gated_delta_rule_step",
-    )  # fmt: skip

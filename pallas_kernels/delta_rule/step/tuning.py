@@ -9,6 +9,8 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import _dispatch
 
+# Tokens of a step: they are unrolled, and more are a prefill.
+MAX_STEP_TOKENS = 8
 DTYPES = ("bfloat16", "float16", "float32")
 # Below one tile per multiprocessor (H100 and H200 have 132) a step is bound by latency: narrower tiles spread the work.
 _MULTIPROCESSORS = 132
@@ -25,6 +27,51 @@ class StepConfig:
 
     columns: int
     warps: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Everything static about one kernel: sizes by their letters, then as for the operator."""
+
+    rows: int
+    length: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    states: bool
+    scale: float
+    use_qk_l2norm: bool
+    config: StepConfig
+
+    @property
+    def tiles(self) -> int:
+        """Blocks of one head."""
+        return self.value_dim // self.config.columns
+
+    @property
+    def group(self) -> int:
+        """Value heads of one key head."""
+        return self.value_heads // self.key_heads
+
+
+def shapes(implementation: str, tokens: Sequence[int], state, options) -> Shapes:
+    """What a kernel is built for.
+
+    Args:
+      implementation: "mosaic_gpu" or "triton".
+      tokens: rows, T, Hk.
+      state: `[P, Hv, Dk, Dv]`, an array or its shape and dtype.
+      options: of the step, with `return_states`, `scale` and `use_qk_l2norm`.
+    """
+    return Shapes(
+        *tokens,
+        *state.shape[1:],
+        states=options.return_states,
+        scale=options.scale,
+        use_qk_l2norm=options.use_qk_l2norm,
+        config=config(implementation, rows=tokens[0], state=state),
+    )
 
 
 def config(implementation: str, *, rows: int, state) -> StepConfig:

@@ -1,15 +1,21 @@
-"""The l2 norm of queries and keys, in the one formula of the operators that apply it."""
+"""The dtype in which operators compute, and the l2 norm of queries and keys, which two of them apply."""
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 # What a sum of squares is increased by, so that a row close to zero is not blown up to length 1.
 EPSILON = 1e-6
 
 
-def l2_normalize(x):
+def compute_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """Of logits, gates, states, norms and accumulators: float32, or float64 for float64 inputs."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
     """`x * rsqrt(sum(x^2) + 1e-6)` over the last axis in float32; zero rows have zero gradient."""
-    compute = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    compute = compute_dtype(x.dtype)
     wide = x.astype(compute)
     squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
     is_zero = squared == 0.0

@@ -14,6 +14,15 @@ _ARRAY = re.compile(r"\b(pred|bf16|[a-z]\d+\w*)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
 )
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
 _BITS = {"pred": 8, "c64": 64, "c128": 128}
 
 
@@ -81,6 +90,18 @@ def array_bytes(dtype: str, dims: tuple[int, ...]) -> int:
     """Bytes of an array; 0 for tokens."""
     bits = _BITS.get(dtype) or int(re.findall(r"\d+", dtype)[0])
     return math.prod(dims) * bits // 8
+
+
+def collectives(module: Module) -> dict[str, tuple[int, int]]:
+    """Kind -> (how many, bytes of their results), a pair of start and done counted once, at its result."""
+    found: dict[str, tuple[int, int]] = {}
+    for body in module.computations.values():
+        for instruction in body:
+            kind = instruction.opcode.removesuffix("-done")
+            if kind in COLLECTIVES:
+                count, size = found.get(kind, (0, 0))
+                found[kind] = count + 1, size + instruction.bytes
+    return found
 
 
 def parse(text: str) -> Module:
