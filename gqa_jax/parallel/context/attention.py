@@ -118,7 +118,7 @@ def context_attention_with_lse(
             unseen |= first - kv_marks.positions.max() >= sliding_window
         return unseen
 
-    # In zig-zag every device's second chunk sees something of every other device: asking would only cost.
+    # In zig-zag every device's second chunk sees something of every other device: the test would only cost.
     skips = is_causal and layout != "zigzag"
     around: dict[str, Any] = dict(
         masked=masked if skips else None, past_only=is_causal and layout == "contiguous"

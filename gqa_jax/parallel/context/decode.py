@@ -16,7 +16,7 @@ from pallas_kernels import gqa_attention_with_lse
 
 @dataclasses.dataclass(frozen=True)
 class SpreadKVCache:
-    """What a layer's `step` asks of a cache, on the part that one device holds. Inside `shard_map`.
+    """The cache interface of a layer's `step`, on the part that one device holds. Inside `shard_map`.
 
     Attributes:
       part: `[B, K, S / n, D]`; device r holds slots r S / n up to (r + 1) S / n.

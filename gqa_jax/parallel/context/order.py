@@ -26,7 +26,7 @@ class ContextParallel:
       mode: attention gathers keys and values ("all_gather"), passes them round ("ring"), or trades tokens for heads
         ("a2a", DeepSpeed-Ulysses; needs key/value heads divisible by the axis). "a2a+ring" trades along the last
         axis of `MeshAxes.seq` and passes along the others. Gated DeltaNet passes states in every mode.
-      layout: the order of tokens, made by `to_layout`. "positions": any order, told by the `positions` of the call.
+      layout: the order of tokens, made by `to_layout`. "positions": any order, given by the `positions` of the call.
       axis_name: the mesh axes (major first) that split the tokens; layers fill it in from `MeshAxes.seq`, callers of
         the operators inside their own `shard_map` give it.
       state_exchange: Gated DeltaNet sends summaries by "all_gather", by log2(n) hops ("prefix_scan"), trades them for
@@ -165,7 +165,7 @@ def to_slots(x: Array, slots: int) -> Array:
 
 
 def previous_chunk(x: Array, axis_name: Any, layout: Layout, *, distance: int = 1) -> Array:
-    """For each slot the chunk `distance` before it in the row, from whoever holds it; zeros where there is none.
+    """For each slot the chunk `distance` before it in the row, from the device that holds it; zeros if there is none.
 
     Args:
       x: `[B, slots, ...]`, anything per slot, in `shard_map`.

@@ -35,7 +35,7 @@ class RowMarks(NamedTuple):
         return lax.all_gather(x, self.axis, axis=1, tiled=True)
 
     def of_logits(self) -> dict[str, Array | None]:
-        """What `qk_clip.max_logits` asks about queries here and keys everywhere."""
+        """Arguments of `qk_clip.max_logits`: of the queries on this device and the keys on all."""
         ids = self.segment_ids
         return dict(
             positions=self.places,
