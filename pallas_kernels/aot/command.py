@@ -26,9 +26,21 @@ MARKS = ("<!-- aot table: begin -->", "<!-- aot table: end -->")
 def table(reports: list[Report]) -> str:
     """A Markdown table, one row per kernel; programs without a Mosaic kernel have one row of their own."""
     header = (
-        "case", "kernel", "registers", "spilled bytes", "stack", "shared KiB", "barriers", "HGMMA (on paper)",
-        "slow paths", "GFLOP", "HBM MB", "temporary MiB", "aliased MiB", "collectives",
-    )  # fmt: skip
+        "case",
+        "kernel",
+        "registers",
+        "spilled bytes",
+        "stack",
+        "shared KiB",
+        "barriers",
+        "HGMMA (on paper)",
+        "slow paths",
+        "GFLOP",
+        "HBM MB",
+        "temporary MiB",
+        "aliased MiB",
+        "collectives",
+    )
     rows = [header, tuple("---" for _ in header)]
     for report in reports:
         about = (

@@ -87,10 +87,15 @@ class AttentionShape:
 
     def forward_config(self) -> tuning.ForwardConfig:
         return tuning.forward_config(
-            q_len=self.length, kv_len=self.length, head_dim=self.head_dim,
-            group=self.heads // self.kv_heads, batch=self.batch, kv_heads=self.kv_heads,
-            segments=self.segments, is_causal=self.is_causal,
-        )  # fmt: skip
+            q_len=self.length,
+            kv_len=self.length,
+            head_dim=self.head_dim,
+            group=self.heads // self.kv_heads,
+            batch=self.batch,
+            kv_heads=self.kv_heads,
+            segments=self.segments,
+            is_causal=self.is_causal,
+        )
 
 
 ATTENTION = (
@@ -215,7 +220,18 @@ def from_arguments(arguments: argparse.Namespace) -> list[Case]:
     """The cases that the command line describes: one per direction."""
     a = arguments
     shape = AttentionShape(
-        f"b{a.batch}-t{a.length}-n{a.heads}-k{a.kv_heads}-d{a.head_dim}", a.batch, a.length, a.heads, a.kv_heads,
-        a.head_dim, a.causal, a.sliding_window, a.segments, a.soft_cap, a.sinks, a.fused, jnp.dtype(a.dtype),
-    )  # fmt: skip
+        f"b{a.batch}-t{a.length}-n{a.heads}-k{a.kv_heads}-d{a.head_dim}",
+        a.batch,
+        a.length,
+        a.heads,
+        a.kv_heads,
+        a.head_dim,
+        a.causal,
+        a.sliding_window,
+        a.segments,
+        a.soft_cap,
+        a.sinks,
+        a.fused,
+        jnp.dtype(a.dtype),
+    )
     return [DIRECTIONS[name](shape) for name in a.direction or DIRECTIONS]

@@ -80,8 +80,11 @@ class Cell:
 
 
 def cells(
-    directions: Iterable[str], head_dims: Iterable[int], lengths: Iterable[int], causal: Iterable[bool]
-) -> list[Cell]:  # fmt: skip
+    directions: Iterable[str],
+    head_dims: Iterable[int],
+    lengths: Iterable[int],
+    causal: Iterable[bool],
+) -> list[Cell]:
     """The product, without what the atomic kernel cannot do."""
     return [
         Cell(direction, head_dim, length, is_causal)

@@ -59,9 +59,13 @@ def attention(
     weights = weights / safe[..., None]
     if context.dropout_seeds is not None:
         kept = algebra.dropout_kept(
-            context.dropout_seeds, jnp.arange(batch), jnp.arange(num_heads), queries, keys,
+            context.dropout_seeds,
+            jnp.arange(batch),
+            jnp.arange(num_heads),
+            queries,
+            keys,
             options.dropout_rate,
-        )  # fmt: skip
+        )
         weights = jnp.where(kept, weights / (1.0 - options.dropout_rate), 0.0)
     weights = weights.reshape(batch, num_kv_heads, -1, q_len, kv_len)
     out = jnp.einsum("bkrts,bskd->btkrd", weights, value, precision="highest")

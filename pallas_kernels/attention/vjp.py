@@ -94,16 +94,25 @@ def _forward_config(query_shape, key_shape, context: algebra.Context, options: a
     batch, q_len, num_heads, head_dim = query_shape
     kv_len, kv_heads = key_shape[1:3]
     return tuning.forward_config(
-        q_len=q_len, kv_len=kv_len, head_dim=head_dim, group=num_heads // kv_heads, batch=batch,
-        kv_heads=kv_heads, segments=context.query_segment_ids is not None, is_causal=options.is_causal,
-    )  # fmt: skip
+        q_len=q_len,
+        kv_len=kv_len,
+        head_dim=head_dim,
+        group=num_heads // kv_heads,
+        batch=batch,
+        kv_heads=kv_heads,
+        segments=context.query_segment_ids is not None,
+        is_causal=options.is_causal,
+    )
 
 
 def _backward_config(query_shape, context: algebra.Context, options: algebra.Options, atomic: bool):
     return tuning.backward_config(
-        head_dim=query_shape[-1], atomic=atomic, q_len=query_shape[1], is_causal=options.is_causal,
+        head_dim=query_shape[-1],
+        atomic=atomic,
+        q_len=query_shape[1],
+        is_causal=options.is_causal,
         segments=context.query_segment_ids is not None,
-    )  # fmt: skip
+    )
 
 
 def _mosaic_gpu_forward(inputs, context, options):
@@ -111,11 +120,15 @@ def _mosaic_gpu_forward(inputs, context, options):
 
     query, key, value, _, sinks = inputs
     return fwd.forward(
-        query, key, value, sinks=sinks, query_segment_ids=context.query_segment_ids,
+        query,
+        key,
+        value,
+        sinks=sinks,
+        query_segment_ids=context.query_segment_ids,
         kv_segment_ids=context.kv_segment_ids,
         config=_forward_config(query.shape, key.shape, context, options),
         **_kernel_options(context, options),
-    )  # fmt: skip
+    )
 
 
 def _mosaic_gpu_backward(inputs, context, options, saved, cotangents, *, atomic=False):
@@ -125,10 +138,19 @@ def _mosaic_gpu_backward(inputs, context, options, saved, cotangents, *, atomic=
     query, key, value, _, sinks = inputs
     config = _backward_config(query.shape, context, options, atomic)
     found = bwd.backward(
-        query, key, value, out, lse, d_out, d_lse=d_lse, sinks=sinks, config=config,
-        query_segment_ids=context.query_segment_ids, kv_segment_ids=context.kv_segment_ids,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        d_out,
+        d_lse=d_lse,
+        sinks=sinks,
+        config=config,
+        query_segment_ids=context.query_segment_ids,
+        kv_segment_ids=context.kv_segment_ids,
         **_kernel_options(context, options),
-    )  # fmt: skip
+    )
     return algebra.Inputs(found.query, found.key, found.value, None, found.sinks)
 
 
@@ -137,10 +159,12 @@ def _mosaic_gpu_qkv_forward(inputs: Fused, context, options):
 
     split = jax.eval_shape(Fused.split, inputs)
     return fwd.forward_qkv(
-        inputs.qkv, sinks=inputs.sinks, segment_ids=context.query_segment_ids,
+        inputs.qkv,
+        sinks=inputs.sinks,
+        segment_ids=context.query_segment_ids,
         config=_forward_config(split.query.shape, split.key.shape, context, options),
         **_kernel_options(context, options),
-    )  # fmt: skip
+    )
 
 
 def _mosaic_gpu_qkv_backward(inputs: Fused, context, options, saved, cotangents, *, atomic=False):
@@ -151,10 +175,17 @@ def _mosaic_gpu_qkv_backward(inputs: Fused, context, options, saved, cotangents,
     config = _backward_config(shape, context, options, atomic)
     return Fused(
         *bwd.backward_qkv(
-            inputs.qkv, out, lse, d_out, d_lse=d_lse, sinks=inputs.sinks, config=config,
-            segment_ids=context.query_segment_ids, **_kernel_options(context, options),
+            inputs.qkv,
+            out,
+            lse,
+            d_out,
+            d_lse=d_lse,
+            sinks=inputs.sinks,
+            config=config,
+            segment_ids=context.query_segment_ids,
+            **_kernel_options(context, options),
         )
-    )  # fmt: skip
+    )
 
 
 def splitting(attention: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,9 +24,14 @@ def _conv(label: str, implementation: str, *, backward: bool, packed: bool = Fal
             if implementation == "apart":
                 return _apart(mixed[..., :channels], weight[0], dim)
             return pk.causal_conv1d_qkv(
-                mixed, weight[0], key_dim=dim, value_dim=dim, use_qk_l2norm=True,
-                segment_ids=ids[0] if ids else None, implementation=implementation,
-            )[:3]  # fmt: skip
+                mixed,
+                weight[0],
+                key_dim=dim,
+                value_dim=dim,
+                use_qk_l2norm=True,
+                segment_ids=ids[0] if ids else None,
+                implementation=implementation,
+            )[:3]
 
         def causal_conv1d_qkv_backward(mixed, weight, *rest):
             *ids, d_query, d_key, d_value = rest

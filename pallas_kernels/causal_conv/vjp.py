@@ -194,5 +194,10 @@ def _launch_backward(options: Options, filters, arrays) -> Any:
         max(options.key_dim, options.value_dim), itemsize=operands.mixed.dtype.itemsize
     )
     return bwd.backward(
-        operands.mixed, operands.weight, cotangents, rows=rows, **_prepared(operands), **options._asdict()
-    )  # fmt: skip
+        operands.mixed,
+        operands.weight,
+        cotangents,
+        rows=rows,
+        **_prepared(operands),
+        **options._asdict(),
+    )

@@ -81,9 +81,12 @@ def _pair(options: algebra.Options, of_pair, seen, sinks, is_clean=True):
 
     def product(subscripts, left, right):
         return jnp.einsum(
-            subscripts, left.astype(right.dtype), right, preferred_element_type=compute,
+            subscripts,
+            left.astype(right.dtype),
+            right,
+            preferred_element_type=compute,
             precision="default" if right.dtype == jnp.bfloat16 else "highest",
-        )  # fmt: skip
+        )
 
     value = widened(value)
     if value_scale is not None:

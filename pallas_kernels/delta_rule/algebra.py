@@ -148,12 +148,9 @@ def _blocks(matrix, width, *, below):
     """Blocks of `width` on the diagonal (`below=0`), or those under every even one (`below=1`): `[..., m, w, w]`."""
     columns = range(0, matrix.shape[-1], width * (1 + below))
     return jnp.stack(
-        [
-            matrix[..., c + below * width : c + (below + 1) * width, c : c + width]
-            for c in columns
-        ],
+        [matrix[..., c + below * width : c + (below + 1) * width, c : c + width] for c in columns],
         axis=-3,
-    )  # fmt: skip
+    )
 
 
 def _substitute(lower):
@@ -201,9 +198,7 @@ def folded_key(key, decay: Gates, inverse):
 
 def chunk_inverse(overlap, beta, decay: Gates):
     """T = (I + strictly_lower(beta Gamma K K^T))^-1, `[z, h, n, C, C]`, from the overlap K K^T `[z, h, C, C]`."""
-    return unit_lower_inverse(
-        strictly_lower(beta[..., None] * decay.between * overlap[:, :, None])
-    )  # fmt: skip
+    return unit_lower_inverse(strictly_lower(beta[..., None] * decay.between * overlap[:, :, None]))
 
 
 class Terms(NamedTuple):

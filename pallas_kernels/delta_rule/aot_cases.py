@@ -33,9 +33,11 @@ def _delta_rule(backward: bool, length: int = 4096) -> Case:
     flops = 6.0 * length * heads * dim * dim
     direction = "backward" if backward else "forward"
     return Case(
-        f"gated_delta_rule/{direction}/t{length}", build, flops * (3 if backward else 1),
+        f"gated_delta_rule/{direction}/t{length}",
+        build,
+        flops * (3 if backward else 1),
         2 * inputs + out if backward else inputs + out,
-    )  # fmt: skip
+    )
 
 
 def cases() -> list[Case]:

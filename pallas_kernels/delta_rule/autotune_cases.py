@@ -98,9 +98,14 @@ class Cell:
 
     def _plan(self, lanes: int) -> order.Plan:
         return order.Plan(
-            batch=1, length=self.chunks * tuning.CHUNK, chunk=tuning.CHUNK, lanes=lanes,
-            steps=math.ceil(self.chunks / lanes), scale=self.width**-0.5, use_qk_l2norm=True,
-        )  # fmt: skip
+            batch=1,
+            length=self.chunks * tuning.CHUNK,
+            chunk=tuning.CHUNK,
+            lanes=lanes,
+            steps=math.ceil(self.chunks / lanes),
+            scale=self.width**-0.5,
+            use_qk_l2norm=True,
+        )
 
     def _call(self, config: tuning.LanesConfig):
         def gated_delta_rule(query, key, value, g, beta, start):
@@ -220,15 +225,36 @@ def shared_bytes(config: tuning.Config, width: int) -> int:
     if isinstance(config, tuning.ForwardConfig):
         spec = fwd.scratch_spec(
             fwd.Shapes(
-                rows=1, value_heads=1, group=1, key_dim=width, width=width, given=half, use_qk_l2norm=True, scale=1.0,
-                value_dtype=half, segments=True, values=True, output=True, config=config,
+                rows=1,
+                value_heads=1,
+                group=1,
+                key_dim=width,
+                width=width,
+                given=half,
+                use_qk_l2norm=True,
+                scale=1.0,
+                value_dtype=half,
+                segments=True,
+                values=True,
+                output=True,
+                config=config,
             )
-        )  # fmt: skip
+        )
     elif isinstance(config, tuning.BackwardConfig):
         shapes = chains.Shapes(
-            rows=1, chunks=1, key_heads=1, value_heads=1, key_dim=width, value_dim=width, given=half,
-            value_dtype=half, use_qk_l2norm=True, scale=1.0, segments=True, config=config,
-        )  # fmt: skip
+            rows=1,
+            chunks=1,
+            key_heads=1,
+            value_heads=1,
+            key_dim=width,
+            value_dim=width,
+            given=half,
+            value_dtype=half,
+            use_qk_l2norm=True,
+            scale=1.0,
+            segments=True,
+            config=config,
+        )
         spec = chains.chain_scratch(shapes, backwards=True)
     else:
         return 0

@@ -11,9 +11,20 @@ from pallas_kernels.delta_rule import algebra
 
 
 def recurrent(
-    query, key, value, g, beta, *, initial_state, scale, use_qk_l2norm=False, segment_ids=None,
-    cu_seqlens=None, keep_states=False, unroll=1,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    g,
+    beta,
+    *,
+    initial_state,
+    scale,
+    use_qk_l2norm=False,
+    segment_ids=None,
+    cu_seqlens=None,
+    keep_states=False,
+    unroll=1,
+):
     """Returns `(out [B, T, Hv, Dv], final_state, states [B, T, Hv, Dk, Dv] or None)`."""
     compute = initial_state.dtype
     starts, real, sequence = boundaries(value.shape[:2], segment_ids, cu_seqlens)

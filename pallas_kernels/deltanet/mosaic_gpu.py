@@ -36,9 +36,13 @@ class Convolved:
     arrivals = 0
 
     def __init__(
-        self, allow_negative_eigenvalues: bool, tree: Any, shapes: Shapes, refs: Sequence[Any],
+        self,
+        allow_negative_eigenvalues: bool,
+        tree: Any,
+        shapes: Shapes,
+        refs: Sequence[Any],
         outputs: Sequence[Any],
-    ):  # fmt: skip
+    ):
         self.allow_negative_eigenvalues, self.shapes = allow_negative_eigenvalues, shapes
         self.inputs: Inputs = tree.unflatten(refs)
         (self.windows,) = outputs
@@ -128,11 +132,12 @@ class Convolved:
         g, beta = algebra.gates(
             wide(inputs.logits, block.row, t, key_head, inner),
             wide(inputs.logits, block.row, t, key_head, group + inner),
-            wide(inputs.A_log, key_head, inner), wide(inputs.dt_bias, key_head, inner),
+            wide(inputs.A_log, key_head, inner),
+            wide(inputs.dt_bias, key_head, inner),
             allow_negative_eigenvalues=self.allow_negative_eigenvalues,
             sigmoid=algebra.sigmoid,
             softplus=algebra.softplus,
-        )  # fmt: skip
+        )
         if inputs.lengths is not None:
             real = t < inputs.lengths[block.row]
             g, beta = jnp.where(real, g, 0.0), jnp.where(real, beta, 0.0)

@@ -26,10 +26,13 @@ def step(options: Options, inputs: Inputs, state, slots):
 
     flat = lambda x, leading: x.reshape(*x.shape[:leading], key_heads * features)
     convolved, windows = causal_conv.causal_conv(
-        flat(mixed, 2), flat(inputs.conv_kernel, 1),
+        flat(mixed, 2),
+        flat(inputs.conv_kernel, 1),
         bias=None if inputs.conv_bias is None else flat(inputs.conv_bias, 0),
-        activation=jax.nn.silu, initial_state=flat(windows, 2), segment_ids=segment_ids,
-    )  # fmt: skip
+        activation=jax.nn.silu,
+        initial_state=flat(windows, 2),
+        segment_ids=segment_ids,
+    )
     convolved = convolved.reshape(mixed.shape)
     query, key = convolved[..., :key_dim], convolved[..., key_dim : 2 * key_dim]
     value = convolved[..., 2 * key_dim :].reshape(batch, length, value_heads, value_dim)
@@ -47,8 +50,10 @@ def step(options: Options, inputs: Inputs, state, slots):
         g, beta = (jnp.where(pads, jnp.zeros((), x.dtype), x) for x in (g, beta))
     out, state, states = delta_rule.recurrence(
         delta_rule.Options(options.scale, options.use_qk_l2norm, options.return_states),
-        delta_rule.Tokens(query, key, value, g, beta), state, slots,
-    )  # fmt: skip
+        delta_rule.Tokens(query, key, value, g, beta),
+        state,
+        slots,
+    )
     windows = windows.reshape(-1, width, key_heads, features)
     if slots is not None:
         windows = delta_rule.into_pool(pool, windows, slots)

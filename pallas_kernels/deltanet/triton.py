@@ -26,9 +26,13 @@ from pallas_kernels.deltanet.algebra import Inputs
 
 
 def convolved(
-    allow_negative_eigenvalues: bool, tree: Any, shapes: Shapes, block: Block, refs: Sequence[Any],
+    allow_negative_eigenvalues: bool,
+    tree: Any,
+    shapes: Shapes,
+    block: Block,
+    refs: Sequence[Any],
     outputs: Sequence[Any],
-):  # fmt: skip
+):
     """Tokens by convolution: `refs` are the leaves of `Inputs` with the structure `tree`, `outputs` the new windows."""
     inputs: Inputs = tree.unflatten(refs)
     (windows,) = outputs
@@ -59,11 +63,12 @@ def convolved(
         g, beta = algebra.gates(
             wide(inputs.logits[block.row, t, key_head, inner]),
             wide(inputs.logits[block.row, t, key_head, group + inner]),
-            wide(inputs.A_log[key_head, inner]), wide(inputs.dt_bias[key_head, inner]),
+            wide(inputs.A_log[key_head, inner]),
+            wide(inputs.dt_bias[key_head, inner]),
             allow_negative_eigenvalues=allow_negative_eigenvalues,
             sigmoid=algebra.sigmoid,
             softplus=algebra.softplus,
-        )  # fmt: skip
+        )
         if inputs.lengths is not None:
             real = t < inputs.lengths[block.row]
             query, key, value, g, beta = (

@@ -44,8 +44,11 @@ def block_counts(problem: Problem, size: tuning.Blocks) -> tuple[int, int, int, 
     batch, num_kv_heads, _, q_len, _ = problem.query.shape
     kv_len = problem.key.shape[2]
     return (
-        batch // size.batch, num_kv_heads // size.heads, q_len // size.queries, kv_len // size.keys,
-    )  # fmt: skip
+        batch // size.batch,
+        num_kv_heads // size.heads,
+        q_len // size.queries,
+        kv_len // size.keys,
+    )
 
 
 def make_problem(

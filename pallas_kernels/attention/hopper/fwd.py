@@ -399,10 +399,20 @@ def finish(shapes: Shapes, inputs: Inputs, out, lse, s, block: Block, wg, first,
 
 
 def forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, config: ForwardConfig, scale: float, is_causal: bool = False,
-    sliding_window: int | None = None, offset: int | jax.Array = 0, query_segment_ids: jax.Array | None = None,
-    kv_segment_ids: jax.Array | None = None, sinks: jax.Array | None = None, logits_soft_cap: float | None = None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    config: ForwardConfig,
+    scale: float,
+    is_causal: bool = False,
+    sliding_window: int | None = None,
+    offset: int | jax.Array = 0,
+    query_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    logits_soft_cap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Attention output `[B, T, N, D]` and lse `[B, T, N]` (float32, natural logarithm).
 
     Args:
@@ -413,13 +423,26 @@ def forward(
       sinks: `[N]`, one logit per head that takes part in the softmax and carries no value.
     """
     mask = masks.Mask(
-        query.shape[1], key.shape[1], is_causal, sliding_window,
-        offset if isinstance(offset, int) else None, query_segment_ids is not None,
-    )  # fmt: skip
+        query.shape[1],
+        key.shape[1],
+        is_causal,
+        sliding_window,
+        offset if isinstance(offset, int) else None,
+        query_segment_ids is not None,
+    )
     shapes = Shapes(
-        query.shape[0], query.shape[2], key.shape[2], query.shape[3], query.dtype, mask, scale,
-        logits_soft_cap, sinks is not None, False, config,
-    )  # fmt: skip
+        query.shape[0],
+        query.shape[2],
+        key.shape[2],
+        query.shape[3],
+        query.dtype,
+        mask,
+        scale,
+        logits_soft_cap,
+        sinks is not None,
+        False,
+        config,
+    )
     # TMA boxes are made of groups of 8 rows.
     q_rows, kv_rows = _mosaic_gpu.round_up(mask.q_len, 8), _mosaic_gpu.round_up(mask.kv_len, 8)
     query = _mosaic_gpu.pad_axis(query, 1, q_rows)
@@ -428,20 +451,40 @@ def forward(
 
 
 def forward_qkv(
-    qkv: jax.Array, *, config: ForwardConfig, scale: float, is_causal: bool = False, sliding_window: int | None = None,
-    offset: int | jax.Array = 0, segment_ids: jax.Array | None = None, sinks: jax.Array | None = None,
+    qkv: jax.Array,
+    *,
+    config: ForwardConfig,
+    scale: float,
+    is_causal: bool = False,
+    sliding_window: int | None = None,
+    offset: int | jax.Array = 0,
+    segment_ids: jax.Array | None = None,
+    sinks: jax.Array | None = None,
     logits_soft_cap: float | None = None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array]:
     """As `forward`, reading queries, keys and values as strided boxes of `qkv [B, T, K, R + 2, D]`."""
     batch, length, num_kv_heads, width, head_dim = qkv.shape
     mask = masks.Mask(
-        length, length, is_causal, sliding_window, offset if isinstance(offset, int) else None,
+        length,
+        length,
+        is_causal,
+        sliding_window,
+        offset if isinstance(offset, int) else None,
         segment_ids is not None,
-    )  # fmt: skip
+    )
     shapes = Shapes(
-        batch, num_kv_heads * (width - 2), num_kv_heads, head_dim, qkv.dtype, mask, scale,
-        logits_soft_cap, sinks is not None, True, config,
-    )  # fmt: skip
+        batch,
+        num_kv_heads * (width - 2),
+        num_kv_heads,
+        head_dim,
+        qkv.dtype,
+        mask,
+        scale,
+        logits_soft_cap,
+        sinks is not None,
+        True,
+        config,
+    )
     qkv = _mosaic_gpu.pad_axis(qkv, 1, _mosaic_gpu.round_up(length, 8))
     return _call(shapes, (qkv,), offset, segment_ids, segment_ids, sinks)
 

@@ -107,9 +107,16 @@ def use_tuned(table: Mapping[str, Config]) -> None:
 
 
 def forward_config(
-    *, q_len: int, kv_len: int, head_dim: int, group: int, batch: int, kv_heads: int, segments: bool = False,
+    *,
+    q_len: int,
+    kv_len: int,
+    head_dim: int,
+    group: int,
+    batch: int,
+    kv_heads: int,
+    segments: bool = False,
     is_causal: bool = False,
-) -> ForwardConfig:  # fmt: skip
+) -> ForwardConfig:
     """The configuration used when none is given; depends on nothing that changes from step to step."""
     block_kv, stages = 128, 2
     if head_dim == 256:
@@ -132,8 +139,13 @@ def forward_config(
 
 
 def backward_config(
-    *, head_dim: int, atomic: bool = False, q_len: int = 0, is_causal: bool = False, segments: bool = False
-) -> BackwardConfig:  # fmt: skip
+    *,
+    head_dim: int,
+    atomic: bool = False,
+    q_len: int = 0,
+    is_causal: bool = False,
+    segments: bool = False,
+) -> BackwardConfig:
     """The configuration used when none is given."""
     direction = "backward_atomic" if atomic else "backward"
     tuned = _tuned(bucket(direction, head_dim=head_dim, q_len=q_len, is_causal=is_causal))

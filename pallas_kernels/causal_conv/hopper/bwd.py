@@ -222,10 +222,19 @@ def _options(shapes: Shapes) -> dict[str, Any]:
 
 
 def backward(
-    mixed: jax.Array, weight: jax.Array, cotangents: tuple[jax.Array, jax.Array, jax.Array], *,
-    bias: jax.Array | None, taps: jax.Array | None, first: jax.Array | None,
-    initial_state: jax.Array | None, key_dim: int, value_dim: int, use_qk_l2norm: bool, rows: int,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:  # fmt: skip
+    mixed: jax.Array,
+    weight: jax.Array,
+    cotangents: tuple[jax.Array, jax.Array, jax.Array],
+    *,
+    bias: jax.Array | None,
+    taps: jax.Array | None,
+    first: jax.Array | None,
+    initial_state: jax.Array | None,
+    key_dim: int,
+    value_dim: int,
+    use_qk_l2norm: bool,
+    rows: int,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """`(d_mixed [B, T, Hk, C], d_weight [B, W, Hk, C], d_bias [B, Hk, C] or None)`, the last two in float32, per row.
 
     Args:
@@ -237,9 +246,19 @@ def backward(
     batch, length = mixed.shape[:2]
     width, heads, channels = weight.shape
     shapes = Shapes(
-        batch, length, heads, width, key_dim, value_dim, (channels - 2 * key_dim) // value_dim, mixed.dtype,
-        taps is not None, initial_state is not None, bias is not None, use_qk_l2norm,
-    )  # fmt: skip
+        batch,
+        length,
+        heads,
+        width,
+        key_dim,
+        value_dim,
+        (channels - 2 * key_dim) // value_dim,
+        mixed.dtype,
+        taps is not None,
+        initial_state is not None,
+        bias is not None,
+        use_qk_l2norm,
+    )
     if taps is None or initial_state is None:
         first = None
     operands = [x for x in (mixed, weight, bias, taps, first, initial_state) if x is not None]

@@ -118,10 +118,17 @@ def block(shapes: Shapes, inputs: Inputs, outputs, s) -> None:
 
 
 def forward(
-    mixed: jax.Array, weight: jax.Array, *, bias: jax.Array | None, taps: jax.Array | None,
-    first: jax.Array | None, initial_state: jax.Array | None, key_dim: int, value_dim: int,
+    mixed: jax.Array,
+    weight: jax.Array,
+    *,
+    bias: jax.Array | None,
+    taps: jax.Array | None,
+    first: jax.Array | None,
+    initial_state: jax.Array | None,
+    key_dim: int,
+    value_dim: int,
     use_qk_l2norm: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`(query, key, value)`; arguments as for `causal_conv1d_qkv`, and from `reference.taps`:
 
     Args:
@@ -132,9 +139,19 @@ def forward(
     width, heads, channels = weight.shape
     group = (channels - 2 * key_dim) // value_dim
     shapes = Shapes(
-        batch, length, heads, width, key_dim, value_dim, group, mixed.dtype,
-        taps is not None, initial_state is not None, bias is not None, use_qk_l2norm,
-    )  # fmt: skip
+        batch,
+        length,
+        heads,
+        width,
+        key_dim,
+        value_dim,
+        group,
+        mixed.dtype,
+        taps is not None,
+        initial_state is not None,
+        bias is not None,
+        use_qk_l2norm,
+    )
     if taps is None or initial_state is None:
         first = None
     operands = [x for x in (mixed, weight, bias, taps, first, initial_state) if x is not None]

@@ -96,9 +96,13 @@ def backward_case(shape: DeltaBackwardShape) -> Case:
             named = dict(zip(arrays, given, strict=True))
             operands = [named.pop(name) for name in ("query", "key", "value")]
             return bwd.backward(
-                *operands, config=shape.config, scale=shape.dim**-0.5, segments=shape.segments,
-                use_qk_l2norm=shape.use_qk_l2norm, **named,
-            )  # fmt: skip
+                *operands,
+                config=shape.config,
+                scale=shape.dim**-0.5,
+                segments=shape.segments,
+                use_qk_l2norm=shape.use_qk_l2norm,
+                **named,
+            )
 
         return delta_rule_backward, tuple(arrays.values())
 

@@ -105,9 +105,12 @@ def forward_case(shape: DeltaShape, config: tuning.ForwardConfig | None = None) 
     def build() -> Program:
         def delta_rule_forward(*arrays):
             return fwd.forward(
-                *arrays, config=config, scale=shape.dim**-0.5, segments=shape.segments,
+                *arrays,
+                config=config,
+                scale=shape.dim**-0.5,
+                segments=shape.segments,
                 use_qk_l2norm=shape.use_qk_l2norm,
-            )  # fmt: skip
+            )
 
         return delta_rule_forward, tuple(shape.arrays().values())
 
@@ -129,9 +132,14 @@ def _transition(shape: DeltaShape) -> Case:
 
         def delta_rule_transition(key, tables, inverse, start):
             return fwd.final_state(
-                key, None, tables, inverse, start, config=shape.config(),
+                key,
+                None,
+                tables,
+                inverse,
+                start,
+                config=shape.config(),
                 use_qk_l2norm=shape.use_qk_l2norm,
-            )  # fmt: skip
+            )
 
         names = ("key", "tables", "inverse", "start")
         return delta_rule_transition, tuple(arrays[name] for name in names)

@@ -58,9 +58,19 @@ class Gradients(NamedTuple):
 def _shapes(query, value, config, scale, segments, use_qk_l2norm) -> Shapes:
     rows, length, key_heads, key_dim = query.shape
     return Shapes(
-        rows, length // CHUNK, key_heads, value.shape[2], key_dim, value.shape[3], query.dtype, value.dtype,
-        use_qk_l2norm, scale, segments, config,
-    )  # fmt: skip
+        rows,
+        length // CHUNK,
+        key_heads,
+        value.shape[2],
+        key_dim,
+        value.shape[3],
+        query.dtype,
+        value.dtype,
+        use_qk_l2norm,
+        scale,
+        segments,
+        config,
+    )
 
 
 def _spans(shapes: Shapes, spans):
@@ -87,18 +97,34 @@ def _d_states(shapes: Shapes, query, key, d_out, inverse, tables, d_final, units
     """The cotangents of every chunk's end state (transposed, 16-bit, in units of `pulled`), and of the start states."""
     pulled = _of_states(units[PULLED], spans)
     arrays = {
-        "query": as_half(query), "key": as_half(key), "tokens": as_half(d_out), "inverse": inverse, "tables": tables,
-        "edge": _edge(d_final / pulled), "spans": spans, "units": units,
-    }  # fmt: skip
+        "query": as_half(query),
+        "key": as_half(key),
+        "tokens": as_half(d_out),
+        "inverse": inverse,
+        "tables": tables,
+        "edge": _edge(d_final / pulled),
+        "spans": spans,
+        "units": units,
+    }
     d_states, d_start = run_chain(shapes, "delta_rule_d_states", arrays)
     return d_states, _edge(d_start) * pulled
 
 
 def retreat(
-    query: jax.Array, key: jax.Array, d_out: jax.Array, *, config: BackwardConfig, scale: float, tables: jax.Array,
-    segments: bool, use_qk_l2norm: bool, inverse: jax.Array, d_final: jax.Array, pulled: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    d_out: jax.Array,
+    *,
+    config: BackwardConfig,
+    scale: float,
+    tables: jax.Array,
+    segments: bool,
+    use_qk_l2norm: bool,
+    inverse: jax.Array,
+    d_final: jax.Array,
+    pulled: jax.Array,
     asked: jax.Array | None = None,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """The cotangent of the start state `[z, Hv, Dk, Dv]` float32 alone; arguments as in `backward`."""
     shapes = _shapes(query, d_out, config, scale, segments, use_qk_l2norm)
     units, spans = _units(pulled, pulled, asked), _spans(shapes, None)
@@ -106,11 +132,24 @@ def retreat(
 
 
 def backward(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, config: BackwardConfig, scale: float, tables: jax.Array,
-    segments: bool, use_qk_l2norm: bool, inverse: jax.Array, start_state: jax.Array, d_out: jax.Array,
-    d_final: jax.Array, held: jax.Array, pulled: jax.Array, asked: jax.Array | None = None,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    config: BackwardConfig,
+    scale: float,
+    tables: jax.Array,
+    segments: bool,
+    use_qk_l2norm: bool,
+    inverse: jax.Array,
+    start_state: jax.Array,
+    d_out: jax.Array,
+    d_final: jax.Array,
+    held: jax.Array,
+    pulled: jax.Array,
+    asked: jax.Array | None = None,
     spans: jax.Array | None = None,
-) -> Gradients:  # fmt: skip
+) -> Gradients:
     """Gradients of rows of whole chunks; tokens that do not exist are zero, their g and beta too.
 
     Args:
@@ -132,15 +171,27 @@ def backward(
     shapes = _shapes(query, value, config, scale, segments, use_qk_l2norm)
     units, spans = _units(held, pulled, asked), _spans(shapes, spans)
     replay = {
-        "key": as_half(key), "tokens": value, "inverse": inverse, "tables": tables,
-        "edge": _edge(start_state / _of_states(held, spans)), "spans": spans, "units": units,
-    }  # fmt: skip
+        "key": as_half(key),
+        "tokens": value,
+        "inverse": inverse,
+        "tables": tables,
+        "edge": _edge(start_state / _of_states(held, spans)),
+        "spans": spans,
+        "units": units,
+    }
     (states,) = run_chain(shapes, "delta_rule_states", replay)
     d_states, d_start = _d_states(shapes, query, key, d_out, inverse, tables, d_final, units, spans)
     arrays = {
-        "query": query, "key": key, "value": value, "d_out": d_out, "inverse": inverse, "tables": tables,
-        "units": units, "states": states, "d_states": d_states,
-    }  # fmt: skip
+        "query": query,
+        "key": key,
+        "value": value,
+        "d_out": d_out,
+        "inverse": inverse,
+        "tables": tables,
+        "units": units,
+        "states": states,
+        "d_states": d_states,
+    }
     dq, dk, dv, sums = run_gradients(shapes, arrays)
     sums = sums.sum(axis=3)  # [z, Hv, N, 5, 64]
     through = tables[..., SINCE, -1] * sums[..., INNER, :].sum(-1)

@@ -411,9 +411,19 @@ class Result(NamedTuple):
 
 
 def forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, tables: jax.Array, inverse: jax.Array, start: jax.Array, *,
-    config: ForwardConfig, scale: float, segments: bool, use_qk_l2norm: bool = False, spans: jax.Array | None = None,
-) -> Result:  # fmt: skip
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    tables: jax.Array,
+    inverse: jax.Array,
+    start: jax.Array,
+    *,
+    config: ForwardConfig,
+    scale: float,
+    segments: bool,
+    use_qk_l2norm: bool = False,
+    spans: jax.Array | None = None,
+) -> Result:
     """The chain with outputs.
 
     Args:
@@ -433,9 +443,16 @@ def forward(
 
 
 def final_state(
-    key: jax.Array, value: jax.Array | None, tables: jax.Array, inverse: jax.Array, start: jax.Array, *,
-    config: ForwardConfig, use_qk_l2norm: bool = False, spans: jax.Array | None = None,
-) -> jax.Array:  # fmt: skip
+    key: jax.Array,
+    value: jax.Array | None,
+    tables: jax.Array,
+    inverse: jax.Array,
+    start: jax.Array,
+    *,
+    config: ForwardConfig,
+    use_qk_l2norm: bool = False,
+    spans: jax.Array | None = None,
+) -> jax.Array:
     """The final state of `forward` alone; without a value, that of values which are all zero."""
     return _call(
         None, key, value, tables, inverse, start, config, 1.0, False, use_qk_l2norm, spans
@@ -457,10 +474,20 @@ def _call(
     given |= {"unit": unit, "spans": spans}
     given = {name: array for name, array in given.items() if array is not None}
     shapes = Shapes(
-        rows, value_heads, value_heads // key.shape[2], key_dim, width, given_dtype, use_qk_l2norm,
-        scale, None if value is None else value.dtype, segments, value is not None, query is not None,
+        rows,
+        value_heads,
+        value_heads // key.shape[2],
+        key_dim,
+        width,
+        given_dtype,
+        use_qk_l2norm,
+        scale,
+        None if value is None else value.dtype,
+        segments,
+        value is not None,
+        query is not None,
         config,
-    )  # fmt: skip
+    )
     out_type = [
         jax.ShapeDtypeStruct((rows, value_heads, width, key_dim), jnp.float32),
         jax.ShapeDtypeStruct((rows, value_heads, config.splits, CHUNK), jnp.float32),

@@ -76,9 +76,18 @@ def forward(
         width=wide_value, heads=start.shape[0] * start.shape[1], key_width=wide_key
     )
     out, final, unit = fwd.forward(
-        query, key, value, tables, inverse, start, config=config, scale=plan.scale,
-        segments=order.segment is not None, use_qk_l2norm=plan.use_qk_l2norm, spans=spans,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        tables,
+        inverse,
+        start,
+        config=config,
+        scale=plan.scale,
+        segments=order.segment is not None,
+        use_qk_l2norm=plan.use_qk_l2norm,
+        spans=spans,
+    )
     if plan.lanes > 1:
         final = final.reshape(plan.batch, plan.lanes, *final.shape[1:])[:, -1]
     out = orders.from_rows(plan, order, out)[..., :value_dim]
@@ -90,10 +99,14 @@ def _maps(plan: Plan, key, value, tables, inverse) -> tuple[jax.Array, jax.Array
     rows, heads = inverse.shape[:2]
     key_dim, value_dim = key.shape[3], value.shape[3]
     run = lambda written, start: fwd.final_state(
-        key, written, tables, inverse, start,
+        key,
+        written,
+        tables,
+        inverse,
+        start,
         config=tuning.forward_config(width=start.shape[3], heads=rows * heads, key_width=key_dim),
         use_qk_l2norm=plan.use_qk_l2norm,
-    )  # fmt: skip
+    )
     identity = jnp.eye(key_dim, dtype=jnp.float32)[None, None]
     transition = run(None, jnp.broadcast_to(identity, (rows, heads, key_dim, key_dim)))
     extra = run(value, jnp.zeros_like(transition, shape=(rows, heads, key_dim, value_dim)))

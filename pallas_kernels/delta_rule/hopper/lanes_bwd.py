@@ -65,26 +65,40 @@ def backward(
         read = read * asked
     options: dict[str, Any] = {
         "config": tuning.backward_config(heads=start.shape[0] * start.shape[1]),
-        "scale": plan.scale, "tables": kept.tables, "segments": order.segment is not None,
-        "use_qk_l2norm": plan.use_qk_l2norm, "inverse": kept.inverse,
+        "scale": plan.scale,
+        "tables": kept.tables,
+        "segments": order.segment is not None,
+        "use_qk_l2norm": plan.use_qk_l2norm,
+        "inverse": kept.inverse,
         "asked": asked,
-    }  # fmt: skip
+    }
     spans = None
     if packed:
         found = orders.spans(order, initial_state.shape[0])
         spans = jnp.concatenate([jnp.zeros_like(found[:, :1]), found], axis=1)
     elif kept.transition is not None:
         extra = bwd.retreat(
-            given.query, given.key, d_out, d_final=jnp.zeros_like(start),
-            pulled=shared(power_of_two(read), group), **options,
-        )  # fmt: skip
+            given.query,
+            given.key,
+            d_out,
+            d_final=jnp.zeros_like(start),
+            pulled=shared(power_of_two(read), group),
+            **options,
+        )
         back = jnp.swapaxes(grouped(fill_square(flat(kept.transition), wide_key)), -1, -2)
         end = flat(orders.through_lanes(plan, grouped(end), back, grouped(extra), reverse=True))
     found = bwd.backward(
-        given.query, given.key, given.value, start_state=start, d_out=d_out, d_final=end,
-        held=shared(held, group), pulled=shared(unit_of(order, read, end), group), spans=spans,
+        given.query,
+        given.key,
+        given.value,
+        start_state=start,
+        d_out=d_out,
+        d_final=end,
+        held=shared(held, group),
+        pulled=shared(unit_of(order, read, end), group),
+        spans=spans,
         **options,
-    )  # fmt: skip
+    )
     by_head = lambda x: jnp.swapaxes(x, 1, 2)
     (d_tokens,) = pull(
         Tokens(found.query, found.key, found.value, by_head(found.g), by_head(found.beta))

@@ -247,9 +247,16 @@ def prologue(
     rows, length, key_heads, key_dim = key.shape
     value_heads, chunks = gates.g.shape[1:3]
     shapes = Shapes(
-        rows, chunks, key_heads, value_heads // key_heads, key_dim, key.dtype, use_qk_l2norm, dtype,
+        rows,
+        chunks,
+        key_heads,
+        value_heads // key_heads,
+        key_dim,
+        key.dtype,
+        use_qk_l2norm,
+        dtype,
         gates.segment is not None,
-    )  # fmt: skip
+    )
     assert length == chunks * CHUNK
     given = [as_half(key), *(array for array in gates if array is not None)]
 

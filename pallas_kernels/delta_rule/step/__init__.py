@@ -52,10 +52,14 @@ def recurrence(options: Options, tokens: Tokens, state, slots):
         rows = state[jnp.maximum(slots, 0)]
         segment_ids = jnp.broadcast_to(jnp.where(slots < 0, -1, 0)[:, None], tokens.value.shape[:2])
     out, rows, states = reference.recurrent(
-        *tokens, initial_state=rows.astype(compute), segment_ids=segment_ids, scale=options.scale,
-        use_qk_l2norm=options.use_qk_l2norm, keep_states=options.return_states,
+        *tokens,
+        initial_state=rows.astype(compute),
+        segment_ids=segment_ids,
+        scale=options.scale,
+        use_qk_l2norm=options.use_qk_l2norm,
+        keep_states=options.return_states,
         unroll=tokens.value.shape[1],
-    )  # fmt: skip
+    )
     rows = rows.astype(state.dtype)
     if states is not None:
         states = states.astype(state.dtype)

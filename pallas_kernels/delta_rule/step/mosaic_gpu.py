@@ -209,9 +209,16 @@ def walk(shapes: Shapes, source: Source, s, state, slots, out, states) -> None:
 
 
 def launch(
-    shapes: Shapes, source: Callable[..., Source], inputs: Sequence[jax.Array], state: jax.Array,
-    slots: jax.Array | None, *, out_dtype, name: str, outputs: Sequence[jax.ShapeDtypeStruct] = (),
-) -> tuple[Any, ...]:  # fmt: skip
+    shapes: Shapes,
+    source: Callable[..., Source],
+    inputs: Sequence[jax.Array],
+    state: jax.Array,
+    slots: jax.Array | None,
+    *,
+    out_dtype,
+    name: str,
+    outputs: Sequence[jax.ShapeDtypeStruct] = (),
+) -> tuple[Any, ...]:
     """Runs the walk over tokens of `source`; returns `(out, state after, states or None, *outputs)`.
 
     Args:
@@ -237,8 +244,11 @@ def launch(
         given, made = refs[: len(operands)], refs[len(operands) :]
         tokens = source(shapes, given[1 : 1 + len(inputs)], made[len(results) :])
         refs_of_walk = (
-            given[0], None if slots is None else given[-1], made[0], made[1] if shapes.states else None,
-        )  # fmt: skip
+            given[0],
+            None if slots is None else given[-1],
+            made[0],
+            made[1] if shapes.states else None,
+        )
         pl.run_scoped(
             lambda **scratch: walk(shapes, tokens, _mosaic_gpu.Scratch(scratch), *refs_of_walk),
             **scratch_spec(shapes, tokens, state.dtype, out_dtype),

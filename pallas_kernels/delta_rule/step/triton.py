@@ -67,10 +67,12 @@ def loaded(shapes: Shapes, block: Block, inputs: Sequence[Any], _: Sequence[Any]
     def token(t: int) -> Token:
         decay = jnp.exp(wide(g[row, t, key_head if len(g.shape) == 4 else head]))
         return Token(
-            wide(query[row, t, key_head]), wide(key[row, t, key_head]),
-            wide(value[row, t, head, block.columns]), jnp.broadcast_to(decay, (shapes.key_dim,)),
+            wide(query[row, t, key_head]),
+            wide(key[row, t, key_head]),
+            wide(value[row, t, head, block.columns]),
+            jnp.broadcast_to(decay, (shapes.key_dim,)),
             wide(beta[row, t, head]),
-        )  # fmt: skip
+        )
 
     return token
 
@@ -98,9 +100,12 @@ def walk(shapes: Shapes, block: Block, token, state, out, state_out, states) -> 
     held = wide(plt.load(state.at[place], mask=block.real, other=other))
     for t in range(shapes.length):
         held, read = write_and_read(
-            held, token(t), scale=shapes.scale, use_qk_l2norm=shapes.use_qk_l2norm,
+            held,
+            token(t),
+            scale=shapes.scale,
+            use_qk_l2norm=shapes.use_qk_l2norm,
             spread=spread,
-        )  # fmt: skip
+        )
         if block.real is not None:
             read = jnp.where(block.real, read, 0.0)
         out[block.row, t, block.head, block.columns] = read.astype(out.dtype)
@@ -111,9 +116,16 @@ def walk(shapes: Shapes, block: Block, token, state, out, state_out, states) -> 
 
 
 def launch(
-    shapes: Shapes, source: Source, inputs: Sequence[jax.Array], state: jax.Array,
-    slots: jax.Array | None, *, out_dtype, name: str, outputs: Sequence[jax.ShapeDtypeStruct] = (),
-) -> tuple[Any, ...]:  # fmt: skip
+    shapes: Shapes,
+    source: Source,
+    inputs: Sequence[jax.Array],
+    state: jax.Array,
+    slots: jax.Array | None,
+    *,
+    out_dtype,
+    name: str,
+    outputs: Sequence[jax.ShapeDtypeStruct] = (),
+) -> tuple[Any, ...]:
     """Runs the walk over tokens of `source`; returns `(out, state after, states or None, *outputs)`.
 
     Args:

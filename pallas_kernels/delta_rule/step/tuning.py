@@ -80,9 +80,12 @@ def config(implementation: str, *, rows: int, state) -> StepConfig:
     if implementation == "triton":
         return triton_config(key_dim=key_dim, value_dim=value_dim)
     return mosaic_gpu_config(
-        rows=rows, value_heads=value_heads, key_dim=key_dim, value_dim=value_dim,
+        rows=rows,
+        value_heads=value_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
         state_dtype=state.dtype,
-    )  # fmt: skip
+    )
 
 
 def mosaic_gpu_config(

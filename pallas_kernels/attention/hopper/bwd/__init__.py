@@ -43,11 +43,24 @@ class Gradients(NamedTuple):
 
 
 def backward(
-    query: jax.Array, key: jax.Array, value: jax.Array, out: jax.Array, lse: jax.Array, d_out: jax.Array, *,
-    config: BackwardConfig, scale: float, d_lse: jax.Array | None = None, is_causal: bool = False,
-    sliding_window: int | None = None, offset: int | jax.Array = 0, query_segment_ids: jax.Array | None = None,
-    kv_segment_ids: jax.Array | None = None, sinks: jax.Array | None = None, logits_soft_cap: float | None = None,
-) -> Gradients:  # fmt: skip
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    *,
+    config: BackwardConfig,
+    scale: float,
+    d_lse: jax.Array | None = None,
+    is_causal: bool = False,
+    sliding_window: int | None = None,
+    offset: int | jax.Array = 0,
+    query_segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    logits_soft_cap: float | None = None,
+) -> Gradients:
     """Gradients of `fwd.forward`; the options are its own.
 
     Args:
@@ -56,13 +69,25 @@ def backward(
       d_lse: gradient of lse `[B, T, N]`, or None for zero.
     """
     mask = masks.Mask(
-        query.shape[1], key.shape[1], is_causal, sliding_window,
-        offset if isinstance(offset, int) else None, query_segment_ids is not None,
-    )  # fmt: skip
+        query.shape[1],
+        key.shape[1],
+        is_causal,
+        sliding_window,
+        offset if isinstance(offset, int) else None,
+        query_segment_ids is not None,
+    )
     shapes = Shapes(
-        query.shape[0], query.shape[2], key.shape[2], query.shape[3], query.dtype, mask, scale,
-        logits_soft_cap, False, config,
-    )  # fmt: skip
+        query.shape[0],
+        query.shape[2],
+        key.shape[2],
+        query.shape[3],
+        query.dtype,
+        mask,
+        scale,
+        logits_soft_cap,
+        False,
+        config,
+    )
     statistics, d_sinks = _statistics(shapes, out, lse, d_out, d_lse, sinks)
     q_rows, kv_rows = _mosaic_gpu.round_up(mask.q_len, 8), _mosaic_gpu.round_up(mask.kv_len, 8)
     query, d_out = (_mosaic_gpu.pad_axis(x, 1, q_rows) for x in (query, d_out))
@@ -82,21 +107,43 @@ def backward(
 
 
 def backward_qkv(
-    qkv: jax.Array, out: jax.Array, lse: jax.Array, d_out: jax.Array, *, config: BackwardConfig, scale: float,
-    d_lse: jax.Array | None = None, is_causal: bool = False, sliding_window: int | None = None,
-    offset: int | jax.Array = 0, segment_ids: jax.Array | None = None, sinks: jax.Array | None = None,
+    qkv: jax.Array,
+    out: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    *,
+    config: BackwardConfig,
+    scale: float,
+    d_lse: jax.Array | None = None,
+    is_causal: bool = False,
+    sliding_window: int | None = None,
+    offset: int | jax.Array = 0,
+    segment_ids: jax.Array | None = None,
+    sinks: jax.Array | None = None,
     logits_soft_cap: float | None = None,
-) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array | None]:
     """As `backward`, for `fwd.forward_qkv`: `(d_qkv, d_sinks)`, every kernel writing into one buffer."""
     batch, length, num_kv_heads, width, head_dim = qkv.shape
     mask = masks.Mask(
-        length, length, is_causal, sliding_window, offset if isinstance(offset, int) else None,
+        length,
+        length,
+        is_causal,
+        sliding_window,
+        offset if isinstance(offset, int) else None,
         segment_ids is not None,
-    )  # fmt: skip
+    )
     shapes = Shapes(
-        batch, num_kv_heads * (width - 2), num_kv_heads, head_dim, qkv.dtype, mask, scale, logits_soft_cap, True,
+        batch,
+        num_kv_heads * (width - 2),
+        num_kv_heads,
+        head_dim,
+        qkv.dtype,
+        mask,
+        scale,
+        logits_soft_cap,
+        True,
         config,
-    )  # fmt: skip
+    )
     statistics, d_sinks = _statistics(shapes, out, lse, d_out, d_lse, sinks)
     rows = _mosaic_gpu.round_up(length, 8)
     qkv, d_out = (_mosaic_gpu.pad_axis(x, 1, rows) for x in (qkv, d_out))
