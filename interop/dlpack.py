@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from interop import lending
 from interop.lending import lend
+from pallas_kernels import _dispatch
 
 Wide = Literal["error", "cast"]
 
@@ -61,6 +62,23 @@ def dtype_to_torch(dtype: Any) -> torch.dtype:
     if jnp.issubdtype(dtype, jax.dtypes.extended) or jnp.dtype(dtype) not in _TO_TORCH:
         raise TypeError(f"`dtype` must have a torch counterpart, got {dtype}")
     return _TO_TORCH[jnp.dtype(dtype)]
+
+
+@functools.cache
+def device_to_jax(device: torch.device) -> Any:
+    """The JAX device that computes on tensors of a torch device; None where there is none ("meta", other makers')."""
+    if device.type == "cpu":
+        return jax.local_devices(backend="cpu")[0]
+    if device.type != "cuda":
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    devices = jax.local_devices(backend="gpu")
+    return next((d for d in devices if d.local_hardware_id == index), None)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside, JAX computes on the device of the tensors and chooses kernels for it, whatever its default is."""
+    return _dispatch.computing_on(device_to_jax(device))
 
 
 def to_jax(tensor: torch.Tensor, *, wide: Wide = "error", copy: bool | None = None) -> jax.Array:

@@ -27,6 +27,7 @@ from interop.dlpack import (
     dtype_to_torch,
     exporter,
     import_plain,
+    on_device,
 )
 from interop.programs import Program, Signature
 
@@ -204,7 +205,7 @@ def _legacy_vmap_vjp(xs, outs, residuals, cotangents, key: str, wanted: str):
 
 def _run_forward(xs: Sequence[Tensor], key: str, wanted: str) -> tuple[list[Tensor], list[Tensor]]:
     program = programs.find(key)
-    with _place(xs), _x64(xs):
+    with on_device(_device(xs)), _device_of(xs[0]), _x64(xs):
         arrays = [import_plain(x, program.wide) for x in xs]
         outs, residuals = (
             program.saving(wanted)(*arrays) if wanted else (program.plain(*arrays), ())
@@ -215,20 +216,24 @@ def _run_forward(xs: Sequence[Tensor], key: str, wanted: str) -> tuple[list[Tens
 
 def _run_backward(xs, outs, residuals, cotangents, key: str, wanted: str) -> list[Tensor]:
     program = programs.find(key)
-    with _place(xs), _x64(xs):
+    with on_device(_device(xs)), _device_of(xs[0]), _x64(xs):
         recipe, pull_back = program.backward(wanted, _signature(xs, program))
         used = [*(xs[i] for i in recipe.indices("in")), *outs, *residuals, *cotangents]
         export = exporter(xs[0])
         return [export(g) for g in pull_back(*[import_plain(x, program.wide) for x in used])]
 
 
-def _place(xs: Sequence[Tensor]) -> contextlib.AbstractContextManager:
-    """The device of all tensors, made current."""
+def _device(xs: Sequence[Tensor]) -> torch.device:
+    """The device of all tensors.
+
+    Raises:
+      ValueError: they are on several.
+    """
     device = xs[0].device
     for x in xs:
         if x.device != device:
             raise ValueError(f"tensors must be on one device, got {device} and {x.device}")
-    return _device_of(xs[0])
+    return device
 
 
 def _x64(xs: Sequence[Tensor]) -> contextlib.AbstractContextManager:
@@ -257,7 +262,7 @@ def _signature(xs: Sequence[Tensor], program: Program) -> Signature:
 
 def _fake_forward(xs, key: str, wanted: str) -> tuple[list[Tensor], list[Tensor]]:
     program = programs.find(key)
-    with _x64(xs):
+    with on_device(xs[0].device), _x64(xs):
         outs, residuals = program.abstract(wanted, _signature(xs, program))
     empty = lambda a: xs[0].new_empty(a.shape, dtype=dtype_to_torch(a.dtype))
     return [empty(o) for o in outs], [empty(r) for r in residuals]

@@ -19,6 +19,7 @@ import numpy as np
 from jax.tree_util import tree_flatten, tree_unflatten
 
 from interop.dlpack import _TO_TORCH, Wide
+from pallas_kernels import _dispatch
 
 Signature = tuple[tuple[tuple[int, ...], Any], ...]
 Unpack = Callable[[Sequence[jax.Array]], list[jax.Array]]
@@ -128,8 +129,9 @@ class Program:
         self._owner = None if owner is None else weakref.ref(owner)
         self._lock = threading.Lock()
         self._saved_outs: dict[str, tuple[int, ...]] = {}
-        self._recipes: dict[tuple[str, Signature], Recipe] = {}
-        self._backward: dict[tuple[str, Signature], Callable] = {}
+        # Another machine runs other kernels, which leave other residuals.
+        self._recipes: dict[tuple[str, Signature, _dispatch.Target], Recipe] = {}
+        self._backward: dict[tuple[str, Signature, _dispatch.Target], Callable] = {}
         self._saving: dict[str, Callable] = {}
         self._derived: dict[tuple[str, str], Program] = {}
         self.plain = jax.jit(self._outputs)
@@ -147,7 +149,7 @@ class Program:
 
     def backward(self, wanted: str, signature: Signature) -> tuple[Recipe, Callable]:
         """The recipe, and the compiled `(*inputs, *outs, *residuals, *cotangents) -> gradients` that follows it."""
-        key = (wanted, signature)
+        key = (wanted, signature, _dispatch.target())
         if key not in self._recipes:
             self.abstract(wanted, signature)
         recipe = self._recipes[key]
@@ -237,7 +239,7 @@ class Program:
         carriers, split = _pack(residuals)
         unpack = lambda arrays: [d(a) for d, a in zip(decoders, split(arrays), strict=True)]
         recipe = Recipe(tree, tuple(sources), len(carriers), unpack)
-        self._recipes[wanted, signature_of(xs)] = recipe
+        self._recipes[wanted, signature_of(xs), _dispatch.target()] = recipe
         return outs, carriers
 
     def _pull_back(self, recipe: Recipe, flat: Sequence[jax.Array]) -> list[jax.Array]:

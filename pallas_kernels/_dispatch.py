@@ -178,6 +178,13 @@ def target() -> Target:
     return Target(platform, capability if is_nvidia else None)
 
 
+def computing_on(device: Any) -> contextlib.AbstractContextManager[object]:
+    """Inside, in this thread, programs are for `device`, and constants lie there; None changes nothing."""
+    if device is None or device == (jax.config.jax_default_device or jax.local_devices()[0]):
+        return contextlib.nullcontext()
+    return jax.default_device(device)
+
+
 def target_of(platform: str) -> Target:
     """The target for "cpu", "cuda", "rocm" or "tpu": this machine's if it is of that platform, else any such one."""
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)

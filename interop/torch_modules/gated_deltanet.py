@@ -130,7 +130,7 @@ class GatedDeltaNet(JaxBacked):
         kept = dtype_to_jax(dtype)
         layer = nnx.eval_shape(lambda: gqa_jax.GatedDeltaNet(config, rngs=nnx.Rngs(0)))
         make = lambda: layer.init_cache(batch_size, max_length, dtype=kept)
-        return new_cache(owner, make, dtype)
+        return new_cache(owner, make, dtype, self.out_proj.weight.device)
 
     def step(self, x: Tensor, cache: Any, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
         """Advances each row by T >= 1 tokens; arguments and errors as for `SelfAttention.step`."""

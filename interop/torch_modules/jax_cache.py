@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gqa_jax.cache import check_step as check_arrays
-from interop.dlpack import dtype_to_jax, to_torch, tree_to_jax, tree_to_torch
+from interop.dlpack import dtype_to_jax, on_device, to_torch, tree_to_jax, tree_to_torch
 from interop.integers import as_int32, readable
 
 CacheOwner = Literal["torch", "jax"]
@@ -60,15 +60,17 @@ class JaxBacked(torch.nn.Module):
         self.bind()
 
 
-def new_cache(owner: CacheOwner, make: Callable[[], Any], dtype: torch.dtype | None) -> Any:
-    """What `make` returns (a pytree of JAX arrays), owned by `owner`; `dtype` is that of keys and values.
+def new_cache(
+    owner: CacheOwner, make: Callable[[], Any], dtype: torch.dtype | None, device: torch.device
+) -> Any:
+    """What `make` returns (a pytree of JAX arrays) on a device, owned by `owner`; `dtype` is that of keys and values.
 
     Raises:
       ValueError: the owner is neither "torch" nor "jax".
     """
     if owner not in ("torch", "jax"):
         raise ValueError(f"`owner` must be 'torch' or 'jax', got {owner!r}")
-    with x64(dtype):
+    with on_device(device), x64(dtype):
         arrays = jax.tree.map(lambda a: a.copy(), make())
         return JaxCache(arrays) if owner == "jax" else tree_to_torch(arrays, copy=True)
 
@@ -87,8 +89,9 @@ def step_in_place(step: Callable, inputs: Any, cache: JaxCache, **options: Tenso
         raise RuntimeError(
             "a JaxCache is changed in place and has no gradients: use torch.no_grad(), or init_cache(owner='torch')"
         )
-    wide = any(x.dtype == torch.float64 for x in jax.tree.leaves(inputs))
-    with x64(torch.float64 if wide else None):
+    leaves = jax.tree.leaves(inputs)
+    wide = any(x.dtype == torch.float64 for x in leaves)
+    with on_device(leaves[0].device), x64(torch.float64 if wide else None):
         arguments = tree_to_jax(inputs), cache.arrays, tree_to_jax(options, wide="cast")
         out, cache.arrays = step(*arguments)
         return to_torch(out)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import torch
 from flax import nnx
 
-from interop.dlpack import to_torch
+from interop.dlpack import on_device, to_torch
 from interop.dropout import draw_seed
 from interop.torch_function import wrap
 from interop.torch_modules.jax_cache import JaxBacked
@@ -46,7 +46,7 @@ class NNXModule(JaxBacked):
         Args:
           factory: makes the NNX module from random-number streams; a top-level function or class, if the module is
             to be pickled.
-          rngs: seed.
+          rngs: seed; the values are made on PyTorch's default device.
           method: what `forward` calls.
           static_argnames: keyword arguments of the method that are Python values.
 
@@ -61,7 +61,8 @@ class NNXModule(JaxBacked):
           ['bias', 'kernel']
         """
         super().__init__()
-        module = factory(nnx.Rngs(rngs))
+        with on_device(torch.get_default_device()):
+            module = factory(nnx.Rngs(rngs))
         if not isinstance(module, nnx.Module):
             raise TypeError(f"`factory` must return an nnx.Module, got {type(module).__name__}")
         self.factory, self.method = factory, method

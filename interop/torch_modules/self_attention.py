@@ -134,7 +134,7 @@ class SelfAttention(JaxBacked):
         kept = None if dtype is None else dtype_to_jax(dtype)
         layer = _abstract(self.config)
         make = lambda: layer.init_cache(batch_size, max_length, dtype=kept, **policy)
-        return new_cache(owner, make, dtype)
+        return new_cache(owner, make, dtype, self.k_proj.weight.device)
 
     def step(
         self,
