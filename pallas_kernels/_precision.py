@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels._inert import guarded
+
 # What a sum of squares is increased by, so that a row close to zero is not blown up to length 1.
 EPSILON = 1e-6
 
@@ -17,7 +19,12 @@ def l2_normalize(x: jax.Array) -> jax.Array:
     """`x * rsqrt(sum(x^2) + 1e-6)` over the last axis in float32; zero rows have zero gradient."""
     compute = compute_dtype(x.dtype)
     wide = x.astype(compute)
+    # NaN for infinity: a row that is not finite has no finite result.
+    return guarded(_normalized, jnp.where(jnp.isfinite(wide), wide, jnp.nan))
+
+
+def _normalized(wide):
     squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
     is_zero = squared == 0.0
-    inverse = jax.lax.rsqrt(jnp.where(is_zero, 1.0, squared) + jnp.asarray(EPSILON, compute))
+    inverse = jax.lax.rsqrt(jnp.where(is_zero, 1.0, squared) + jnp.asarray(EPSILON, wide.dtype))
     return jnp.where(is_zero, 0.0, wide * inverse)

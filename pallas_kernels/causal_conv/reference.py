@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._inert import finite_part
+from pallas_kernels._inert import finite_part, guarded
 from pallas_kernels._precision import compute_dtype, l2_normalize
 
 
@@ -18,7 +18,7 @@ from pallas_kernels._precision import compute_dtype, l2_normalize
 def causal_conv(x, weight, *, bias, activation, initial_state, segment_ids):
     """Returns `(out [B, T, F], final_state [B, W, F])`; sums in float32 (float64 for float64)."""
     made = _convolved(x, weight, bias, initial_state, segment_ids)
-    out = made.total if activation is None else _activated(activation, made.total)
+    out = made.total if activation is None else guarded(activation, made.total)
     return made.masked(out).astype(x.dtype), made.final_state
 
 
@@ -37,7 +37,7 @@ def causal_conv_qkv(
         None if initial_state is None else initial_state.reshape(batch, width, flat),
         segment_ids,
     )
-    out = made.masked(_activated(jax.nn.silu, made.total)).reshape(batch, length, heads, channels)
+    out = made.masked(guarded(jax.nn.silu, made.total)).reshape(batch, length, heads, channels)
     query, key, value = jnp.split(out, (key_dim, 2 * key_dim), axis=-1)
     if use_qk_l2norm:
         query, key = l2_normalize(query), l2_normalize(key)
@@ -56,11 +56,6 @@ def _tap_jvp(primals, tangents):
     """An input that is not finite makes NaN of the outputs that see it, but of no weight's gradient by itself."""
     (window, weight), (d_window, d_weight) = primals, tangents
     return _tap(window, weight), d_window * weight + finite_part(window) * d_weight
-
-
-def _activated(activation, total):
-    """`activation(total)`; what is not finite passes, and so does nothing to the gradient of its neighbours."""
-    return jnp.where(jnp.isfinite(total), activation(finite_part(total)), total)
 
 
 class _Convolved(NamedTuple):
@@ -101,9 +96,8 @@ def _convolved(x, weight, bias, initial_state, segment_ids) -> _Convolved:
         if rows is not None:
             same = rows.ids[:, width - lag : width - lag + length] == segment_ids
             window = jnp.where((same & rows.real)[..., None], window, 0)
-        total = total + _tap(
-            window.astype(compute), weight[width - 1 - lag].astype(compute)[None, None]
-        )
+        tap = weight[width - 1 - lag].astype(compute)[None, None]
+        total = total + _tap(window.astype(compute), tap)
     if bias is not None:
         total = total + bias.astype(compute)[None, None]
     if rows is None:

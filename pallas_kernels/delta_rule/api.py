@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch, _sharding
-from pallas_kernels._inert import finite_part
 from pallas_kernels._precision import compute_dtype
 from pallas_kernels.delta_rule import order, reference, step, tuning, vjp
 from pallas_kernels.delta_rule.hopper import tuning as hopper_tuning
@@ -218,37 +217,25 @@ _STEPS = {
 
 
 def _by_reference(call: tuning.Call, tokens: order.Tokens, state, **places) -> GatedDeltaRuleOutput:
-    bounded = tokens._replace(g=order.bounded(tokens.g))
     out, final, _ = reference.recurrent(
-        *map(finite_part, bounded),
-        initial_state=finite_part(state),
-        scale=call.scale,
-        use_qk_l2norm=call.use_qk_l2norm,
-        **places,
+        *tokens, initial_state=state, scale=call.scale, use_qk_l2norm=call.use_qk_l2norm, **places
     )
-    return _spoiled((out, final), bounded, state, **places)
+    return GatedDeltaRuleOutput(out, final)
 
 
 def _by_chunks(call: tuning.Call, tokens: order.Tokens, state, **places) -> GatedDeltaRuleOutput:
     outputs = vjp.gated_delta_rule(_plan(call, places["cu_seqlens"]), tokens, state, **places)
+    boundaries = reference.boundaries(tokens.value.shape[:2], **places)
     bounded = tokens._replace(g=order.bounded(tokens.g))
-    return _spoiled(outputs, bounded, state, **places)
+    return GatedDeltaRuleOutput(
+        *order.spoiled_outputs(outputs, bounded, state, boundaries, places["cu_seqlens"])
+    )
 
 
 def _by_kernels(call: tuning.Call, tokens: order.Tokens, state, **places) -> GatedDeltaRuleOutput:
     bounded = tokens._replace(g=order.bounded(tokens.g))
     plan = _plan(call, places["cu_seqlens"], kernels=True)
     return GatedDeltaRuleOutput(*vjp.mosaic_gpu(plan, bounded, state, **places))
-
-
-def _spoiled(
-    outputs, bounded: order.Tokens, state, *, segment_ids, cu_seqlens
-) -> GatedDeltaRuleOutput:
-    """NaN wherever something that is not finite was read."""
-    boundaries = reference.boundaries(bounded.value.shape[:2], segment_ids, cu_seqlens)
-    return GatedDeltaRuleOutput(
-        *order.spoiled_outputs(outputs, bounded, state, boundaries, cu_seqlens)
-    )
 
 
 _REFERENCE = {"reference": _dispatch.Implementation(_by_reference, tuning.reference_reason)}

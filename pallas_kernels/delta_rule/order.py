@@ -131,10 +131,15 @@ def spoiled_outputs(outputs, tokens: Tokens, initial_state, boundaries, cu_seqle
             touched &= real[..., None, None]
         return spoil(out, touched), spoil(final, at_end[..., None, :])
 
-    is_finite = [(x * 0).sum() == 0 for x in (*tokens, initial_state)]
-    return jax.lax.cond(
-        functools.reduce(operator.and_, is_finite), lambda *outputs: outputs, mark, *outputs
+    # One sum knows of any NaN or infinity; that a huge one overflows does no harm. A loop of at most one step hands the
+    # outputs on in place, where a `cond` would copy them.
+    total = functools.reduce(operator.add, map(jnp.sum, (*tokens, initial_state)))
+    _, *marked = jax.lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.zeros_like(carry[0]), *mark(*carry[1:])),
+        (~jnp.isfinite(total), *outputs),
     )
+    return tuple(marked)
 
 
 @spoiled_outputs.defjvp
@@ -293,7 +298,9 @@ def load(plan: Plan, place: Order, query, key, value, g, beta) -> Tokens:
         q, k = algebra.l2_normalize(q), algebra.l2_normalize(k)
     g = clean(bounded(g))
     decay = g if plan.per_channel else by_group(g, heads)
-    return Tokens(q, k, by_group(clean(value), heads), decay, by_group(clean(beta), heads))
+    loaded = Tokens(q, k, by_group(clean(value), heads), decay, by_group(clean(beta), heads))
+    # What is per channel is read so often that XLA's CPU must not compute it anew each time.
+    return jax.lax.optimization_barrier(loaded) if plan.per_channel else loaded
 
 
 def load_output(plan: Plan, x, heads, dtype):

@@ -7,7 +7,9 @@ o_t = scale * S_t^T q_t
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._inert import guarded, product
 from pallas_kernels.delta_rule import algebra
+from pallas_kernels.delta_rule.order import bounded
 
 
 def recurrent(
@@ -30,11 +32,12 @@ def recurrent(
     starts, real, sequence = boundaries(value.shape[:2], segment_ids, cu_seqlens)
 
     def clean(x):
+        """Zeros on padding, and NaN for infinity: only NaN stays what it is in every sum and product."""
         if real is not None:
             x = jnp.where(real.reshape(real.shape + (1,) * (x.ndim - 2)), x, 0)
-        return x.astype(compute)
+        return jnp.where(jnp.isfinite(x), x, jnp.nan).astype(compute)
 
-    q, k, v, g, beta = (clean(x) for x in (query, key, value, g, beta))
+    q, k, v, g, beta = (clean(x) for x in (query, key, value, bounded(g), beta))
     if use_qk_l2norm:
         q, k = algebra.l2_normalize(q), algebra.l2_normalize(k)
     per_key_head = value.shape[2] // query.shape[2]
@@ -87,9 +90,19 @@ def step(state, q, k, v, g, beta, *, scale):
 
     g is `[...]`, or `[..., Dk]` with a decay per key channel.
     """
+    decay = guarded(jnp.exp, g)
     per_channel = g.ndim == k.ndim
-    state = state * jnp.exp(g[..., None] if per_channel else g[..., None, None])
-    residual = v - jnp.einsum("...kv,...k->...v", state, k, precision="highest")
-    update = residual * beta[..., None]
-    state = state + k[..., :, None] * update[..., None, :]
-    return state, scale * jnp.einsum("...kv,...k->...v", state, q, precision="highest")
+    state = product(
+        jnp.multiply, state, decay[..., None] if per_channel else decay[..., None, None]
+    )
+    update = product(jnp.multiply, v - product(_read, state, k), beta[..., None])
+    state = state + product(_outer, k, update)
+    return state, scale * product(_read, state, q)
+
+
+def _read(state, k):
+    return jnp.einsum("...kv,...k->...v", state, k, precision="highest")
+
+
+def _outer(k, v):
+    return k[..., :, None] * v[..., None, :]

@@ -3,12 +3,15 @@
 Written with operations that every backend has and that compile to neither a subroutine nor a lossy approximation.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from pallas_kernels import _inert
 
 
 class Inputs(NamedTuple):
@@ -76,12 +79,13 @@ def gates(
     allow_negative_eigenvalues: bool,
     sigmoid: Callable[..., jax.Array] = jax.nn.sigmoid,
     softplus: Callable[..., jax.Array] = jax.nn.softplus,
+    product: Callable[..., jax.Array] = jnp.multiply,
 ) -> tuple[jax.Array, jax.Array]:
     """`(g, beta)` from the two logits of a value head; inside a kernel with the two functions of this file."""
     beta = sigmoid(write)
     if allow_negative_eigenvalues:
         beta = 2.0 * beta
-    return -jnp.exp(A_log) * softplus(decay + dt_bias), beta
+    return product(-jnp.exp(A_log), softplus(decay + dt_bias)), beta
 
 
 def gated_deltanet_gates(
@@ -106,5 +110,9 @@ def gated_deltanet_gates(
         A_log,
         dt_bias,
         allow_negative_eigenvalues=allow_negative_eigenvalues,
+        # A token that is not finite spoils the gradient of no parameter.
+        sigmoid=functools.partial(_inert.guarded, jax.nn.sigmoid),
+        softplus=functools.partial(_inert.guarded, jax.nn.softplus),
+        product=functools.partial(_inert.product, jnp.multiply),
     )
     return g.reshape(*g.shape[:2], -1), beta.reshape(*g.shape[:2], -1)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import causal_conv1d
+from pallas_kernels import causal_conv1d, causal_conv1d_qkv
 from tests.support.compare import assert_close
 
 
@@ -36,3 +36,27 @@ def test_poison_reaches_its_window_only(value):
     for got, wanted in zip(gradients, d_expected, strict=True):
         assert_close(got, wanted, atol=1e-6)
     assert (np.asarray(gradients[0])[~np.isfinite(poisoned)] == 0).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_the_norm_of_poison_spoils_no_gradient(value):
+    """One channel of one token is poison; the loss reads the tokens before it."""
+    draw = np.random.default_rng(1)
+    mixed, weight = (draw.normal(size=s).astype(np.float32) for s in ((1, 9, 1, 12), (3, 1, 12)))
+    poisoned = mixed.copy()
+    poisoned[0, 6, 0, [1, 5]] = value
+
+    @jax.jit
+    def run(mixed, weight):
+        def loss(mixed, weight):
+            made = causal_conv1d_qkv(mixed, weight, key_dim=4, value_dim=4, use_qk_l2norm=True)
+            return sum((x[:, :6] ** 3).sum() for x in made[:3]), made
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(mixed, weight)
+
+    (_, made), expected = run(mixed, weight)
+    (_, spoiled), gradients = run(poisoned, weight)
+    assert np.isnan(np.asarray(spoiled[0])[0, 6:]).all()  # the norm is of all channels
+    assert_close(spoiled[0][:, :6], made[0][:, :6], atol=0)
+    for got, wanted in zip(gradients, expected, strict=True):
+        assert_close(got, wanted, atol=1e-6)

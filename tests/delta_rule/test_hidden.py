@@ -132,3 +132,33 @@ def test_a_padding_row_of_a_pool_yields_zeros_whatever_the_pool_holds():
     step = pk.gated_delta_rule_step(*given[:5], pool, slots=jnp.array([-1, 1]))
     assert_close(step.out[0], jnp.zeros_like(step.out[0]), atol=0)
     assert np.isfinite(np.asarray(step.final_state[1])).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("l2norm", [False, True])
+def test_a_step_hides_later_tokens_from_gradients(value, l2norm):
+    """The loss reads tokens 0 and 1 of the first row; tokens 2 and 3, and the state of the second row, are poison."""
+    case = delta_cases.random_case(7, 2, 4, 1, 2, 4, 4)
+    given = [np.array(x, np.float32) for x in case.operands]
+
+    @jax.jit
+    def run(*arrays):
+        def loss(*arrays):
+            out, final, _ = pk.gated_delta_rule_step(*arrays, use_qk_l2norm=l2norm)
+            return (out[0, :2] ** 2).sum(), (out, final)
+
+        return jax.value_and_grad(loss, tuple(range(6)), has_aux=True)(*arrays)
+
+    for index in (0, 1, 2, 4):
+        poisoned = [x.copy() for x in given]
+        poisoned[index][0, 2:] = value
+        poisoned[5][1, 1, :, 2] = value
+        (_, (expected, _)), d_expected = run(
+            *(np.where(np.isfinite(x), x, 0).astype(np.float32) for x in poisoned)
+        )
+        (_, (out, final)), gradients = run(*poisoned)
+        assert_close(out[0, :2], expected[0, :2], atol=0)
+        assert not np.isfinite(np.asarray(out)[0, 2]).all()
+        assert np.isnan(np.asarray(final)[1, 1, :, 2]).all()
+        for got, wanted in zip(gradients, d_expected, strict=True):
+            assert_close(got, wanted, atol=1e-6, what=str(index))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels._inert import finite_part
 from pallas_kernels._precision import compute_dtype
 from pallas_kernels.attention import algebra, tuning
 
@@ -14,7 +15,7 @@ class Problem(NamedTuple):
     """A request in tile form. Lengths are padded to whole blocks; a dimension of size 1 may broadcast."""
 
     query: jax.Array  # [B, K, R, T, D], NaN for infinity
-    key: jax.Array  # [B, K, S, D], NaN for a token of which anything is not finite
+    key: jax.Array  # [B, K, S, D], NaN somewhere in a token of which anything is not finite
     value: jax.Array  # [B, K, S, Dv], there 0
     bias: jax.Array | None  # [B|1, K|1, R|1, T|1, S|1]
     mask: jax.Array | None  # the same
@@ -79,22 +80,23 @@ def make_problem(
         # Repeating the last token keeps the minimum and maximum of its block.
         return tokens.map(lambda array: _pad(array, 1, length, mode="edge"))
 
-    def heads_first(array, finite, instead):
-        array = jnp.where(finite[..., None], array, jnp.asarray(instead, array.dtype))
+    def heads_first(array):
         return jnp.swapaxes(_pad(array, 1, kv_len), 1, 2).astype(dtype)
 
-    query = jnp.where(
-        jnp.isfinite(inputs.query), inputs.query, jnp.asarray(jnp.nan, inputs.query.dtype)
+    nan = lambda array: jnp.asarray(jnp.nan, array.dtype)
+    query = jnp.where(jnp.isfinite(inputs.query), inputs.query, nan(inputs.query))
+    is_finite = jnp.isfinite(inputs.key) & _in_channels(
+        jnp.isfinite(inputs.value), inputs.key.shape[-1]
     )
-    finite = algebra.finite_tokens(inputs.key, inputs.value)
+    key = jnp.where(is_finite, inputs.key, nan(inputs.key))
     queries, keys = algebra.tokens(inputs, context, options)
     exists = None
     if kv_len != inputs.key.shape[1]:
         exists = (jnp.arange(kv_len) < inputs.key.shape[1])[None]
     return Problem(
         split_queries(query, num_kv_heads, q_len).astype(dtype),
-        heads_first(inputs.key, finite, jnp.nan),
-        heads_first(inputs.value, finite, 0.0),
+        heads_first(key),
+        heads_first(finite_part(inputs.value)),
         matrix(inputs.bias),
         matrix(context.mask),
         padded(queries, q_len),
@@ -102,6 +104,13 @@ def make_problem(
         exists,
         context.dropout_seeds,
     )
+
+
+def _in_channels(holds: jax.Array, channels: int) -> jax.Array:
+    """`holds [..., E]` in `[..., channels]`: true all along a row if it was before. A sum over E would cost more."""
+    missing = -holds.shape[-1] % channels
+    holds = jnp.pad(holds, [(0, 0)] * (holds.ndim - 1) + [(0, missing)], constant_values=True)
+    return holds.reshape(*holds.shape[:-1], -1, channels).all(-2)
 
 
 def _pad(array: jax.Array, axis: int, length: int, **options) -> jax.Array:
@@ -167,7 +176,6 @@ def tile_tokens(problem: Problem, size: tuning.Blocks, at: At):
     return cut(problem.queries, at.queries, size.queries), cut(problem.keys, at.keys, size.keys)
 
 
-def tile_key_value(problem: Problem, size: tuning.Blocks, at: At):
-    """`[b, k, s, D]` and `[b, k, s, Dv]` of a tile."""
-    place, sizes = (at.batch, at.heads, at.keys), (size.batch, size.heads, size.keys)
-    return take(problem.key, place, sizes), take(problem.value, place, sizes)
+def take_keys(array: jax.Array, size: tuning.Blocks, at: At) -> jax.Array:
+    """`[b, k, s, ...]` of a tile of keys or values."""
+    return take(array, (at.batch, at.heads, at.keys), (size.batch, size.heads, size.keys))

@@ -13,7 +13,7 @@ For each block of queries the range of key blocks that it can see is known from 
 segments, so causal attention costs half, a window of W costs O(T W), and packed sequences cost their own squares.
 
 A token that is not finite is NaN where logits are made, which the mask then hides from whom it must not reach, and 0
-in every other product. In the backward a row of queries that saw one, or whose cotangent is not finite, likewise.
+in every other product: the backward knows a row that saw one by its lse.
 The online softmax follows Milakov & Gimelshein (arXiv 1805.02867), the backward FlashAttention-2 (arXiv 2307.08691),
 algorithm 2.
 """
@@ -35,7 +35,7 @@ from pallas_kernels.attention.blockwise.layout import (
     make_problem,
     split_queries,
     take,
-    tile_key_value,
+    take_keys,
 )
 from pallas_kernels.attention.blockwise.plan import key_blocks, make_plan, own_row
 from pallas_kernels.attention.blockwise.tile import (
@@ -74,7 +74,7 @@ def forward(
 
         def key_block(at, carry, masked):
             top, total, acc = carry
-            key, value = tile_key_value(problem, size, at)
+            key, value = (take_keys(x, size, at) for x in (problem.key, problem.value))
             logits, row_top, _ = tile_logits(problem, options, size, at, query, key, masked)
             new_top = jnp.maximum(top, row_top)
             finite_top = jnp.where(jnp.isneginf(new_top), 0.0, new_top)
@@ -126,25 +126,29 @@ def backward(
     shape = (size.batch, size.heads, group, size.queries)
     (out, lse), (d_out, d_lse) = saved, cotangents
 
-    delta = (d_out.astype(compute) * out.astype(compute)).sum(-1) - d_lse.astype(compute)
-    asked = (jnp.abs(d_out).sum(-1) != 0) | (d_lse != 0)
-    broken = ~(jnp.isfinite(delta) & (lse < jnp.inf))
-    # A row that sees nothing, or is padding, gets p = exp(s - inf) = 0, whatever its cotangents are; so does one that
-    # is NaN but that nobody asks about.
-    hidden = jnp.isneginf(lse) | (broken & ~asked)
-    broken = broken & ~hidden
+    out = jnp.where(d_out == 0.0, 0.0, out.astype(compute))
+    delta = (d_out.astype(compute) * out).sum(-1) - d_lse.astype(compute)
+    # A row that sees nothing, or is padding, gets p = 0, whatever its cotangents are; so does one that is NaN but that
+    # nobody asks about.
+    saw_finite = lse < jnp.inf
+    hidden = jnp.isneginf(lse) | (~saw_finite & (delta == 0.0))
+    broken = ~hidden & ~(saw_finite & jnp.isfinite(delta))
     lse, delta = jnp.where(hidden, jnp.inf, lse), jnp.where(hidden, 0.0, delta)
     d_sinks = None
     if inputs.sinks is not None:
         share = jnp.exp(inputs.sinks.astype(compute)[None, None] - lse)
         d_sinks = -(share * delta).sum((0, 1)).astype(inputs.sinks.dtype)
     tiled = lambda rows, fill=0.0: split_queries(rows, problem.key.shape[1], q_len, fill)
-    # A broken row: p = exp(s + 3e38) is infinite where it sees and 0 where not, and times zeros NaN and 0.
+    # A broken row: p = exp(s + 3e38) is infinite where it sees and 0 where not.
     lse = jnp.where(broken, jnp.finfo(compute).min, lse)
     delta = jnp.where(broken, 0.0, delta)
     lse, delta = tiled(lse[..., None], jnp.inf), tiled(delta[..., None])
-    problem = problem._replace(query=finite_part(problem.query))
-    d_out = tiled(jnp.where((hidden | broken)[..., None], 0.0, d_out)).astype(problem.value.dtype)
+    d_out = tiled(finite_part(d_out)).astype(problem.value.dtype)
+    # Else XLA's CPU computes all this again for each element of a tile or of a transpose.
+    d_out, finite_query, lse, delta = lax.optimization_barrier(
+        (d_out, finite_part(problem.query), lse, delta)
+    )
+    finite_key = finite_part(problem.key)
     batches, heads, num_rows, num_keys = block_counts(problem, size)
 
     def group_of_heads(d_bias, index):
@@ -153,23 +157,23 @@ def backward(
         def row_block(carry, i):
             rows = lambda array: take(array, (b, k, 0, i), shape)
             query, d_rows = fold(rows(problem.query)), fold(rows(d_out))
-            query_t, d_rows_t = jnp.swapaxes(query, -1, -2), jnp.swapaxes(d_rows, -1, -2)
+            query_t = jnp.swapaxes(fold(rows(finite_query)), -1, -2)
+            d_rows_t = jnp.swapaxes(d_rows, -1, -2)
             row_lse, row_delta = rows(lse), rows(delta)
 
             def step(j, carry):
                 d_query, d_key, d_value, d_bias = carry
                 at = At(b, k, i, j)
-                key, value = tile_key_value(problem, size, at)
+                key, value = (take_keys(x, size, at) for x in (problem.key, problem.value))
                 logits, _, slope = tile_logits(
                     problem, options, size, at, query, key, masked=plan.full is not True
                 )
-                weights = jnp.exp(logits - row_lse)
+                weights = jnp.exp(jnp.where(jnp.isposinf(row_lse), -jnp.inf, logits - row_lse))
                 d_weights = product("bktd,bksd->bkts", d_rows, value).reshape(weights.shape)
                 d_weights = drop(problem, options, size, at, d_weights)
                 d_logits = weights * (d_weights - row_delta)
                 if d_bias is not None:
-                    of_rows = jnp.where(jnp.isposinf(row_lse), 0.0, d_logits)
-                    d_bias = add_to_bias(d_bias, of_rows, size, at)
+                    d_bias = add_to_bias(d_bias, d_logits, size, at)
                 if slope is not None:
                     d_logits = d_logits * slope
                 d_logits = fold(d_logits).astype(key.dtype)
@@ -178,14 +182,14 @@ def backward(
                 # dimension of its large operand.
                 d_key = add_at(d_key, j, product("bkdt,bkts->bkds", query_t, d_logits))
                 d_value = add_at(d_value, j, product("bkdt,bkts->bkds", d_rows_t, weights))
-                d_query = d_query + product("bkts,bksd->bktd", d_logits, finite_part(key))
+                key = take_keys(finite_key, size, at)
+                d_query = d_query + product("bkts,bksd->bktd", d_logits, key)
                 return d_query, d_key, d_value, d_bias
 
             d_query, *carry = lax.fori_loop(
                 *key_blocks(plan, b, i), step, (jnp.zeros_like(query, compute), *carry)
             )
             d_query = (options.scale * d_query).reshape(*shape, head_dim)
-            d_query = jnp.where(jnp.isposinf(row_lse), 0.0, d_query)
             return tuple(carry), d_query.astype(inputs.query.dtype)
 
         zeros = lambda dim: jnp.zeros_like(
@@ -204,15 +208,8 @@ def backward(
         group_of_heads, d_bias, tuple(axis.reshape(-1) for axis in index)
     )
     d_query = join_queries(d_query, problem, size, inputs.query.shape[1])
-    # Nobody asked what a key that is not finite does to the rows that see it.
-    unasked = (
-        ~algebra.finite_tokens(inputs.key, inputs.value)
-        & ~broken.reshape(*broken.shape[:2], -1, group).any((1, 3))[:, None]
-    )
-    d_key, d_value = (
-        jnp.where(unasked[..., None], 0, join_keys(array, problem, size, inputs.key.shape[1]))
-        for array in (d_key, d_value)
-    )
+    d_key = join_keys(d_key, problem, size, inputs.key.shape[1])
+    d_value = join_keys(d_value, problem, size, inputs.key.shape[1])
     if d_bias is not None and inputs.bias is not None:
         d_bias = d_bias.reshape(d_bias.shape[0], -1, *d_bias.shape[3:])
         d_bias = d_bias[:, :, : inputs.bias.shape[2], : inputs.bias.shape[3]]
