@@ -144,7 +144,7 @@ def test_a_step_hides_later_tokens_from_gradients(value, l2norm):
     @jax.jit
     def run(*arrays):
         def loss(*arrays):
-            out, final, _ = pk.gated_delta_rule_step(*arrays, use_qk_l2norm=l2norm)
+            out, final, _ = pk.gated_delta_rule_step(*arrays[:5], arrays[5], use_qk_l2norm=l2norm)
             return (out[0, :2] ** 2).sum(), (out, final)
 
         return jax.value_and_grad(loss, tuple(range(6)), has_aux=True)(*arrays)
