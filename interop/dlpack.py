@@ -109,7 +109,7 @@ def to_jax(tensor: torch.Tensor, *, wide: Wide = "error", copy: bool | None = No
     if wide not in ("error", "cast"):
         raise ValueError(f"`wide` must be 'error' or 'cast', got {wide!r}")
     _refuse(tensor)
-    given = tensor
+    original = tensor
     tensor = tensor.detach()
     if tensor.dtype in _NARROW and not jax.config.jax_enable_x64:
         if wide == "error":
@@ -124,11 +124,12 @@ def to_jax(tensor: torch.Tensor, *, wide: Wide = "error", copy: bool | None = No
         tensor = tensor.as_strided(tensor.shape, strides)
     if tensor.data_ptr() % _ALIGNMENT and tensor.device.type == "cpu":
         tensor = tensor.clone()
-    shared = tensor.data_ptr() == given.data_ptr() and tensor.dtype == given.dtype
+    shared = tensor.data_ptr() == original.data_ptr() and tensor.dtype == original.dtype
     if copy is False and not shared:
         raise ValueError(
             "`copy` must not be False for this tensor: it is not contiguous, not aligned to "
-            f"{_ALIGNMENT} bytes, or needs a cast (shape {tuple(given.shape)}, strides {given.stride()}, {given.dtype})"
+            f"{_ALIGNMENT} bytes, or needs a cast (shape {tuple(original.shape)}, strides {original.stride()}, "
+            f"{original.dtype})"
         )
     if copy and shared:
         tensor = tensor.clone()

@@ -111,10 +111,10 @@ def _package_problems(versions: dict[str, str | None]) -> list[str]:
         problems.append(
             "interop.export cannot serialise without flatbuffers: pip install 'gqa-jax[export]'"
         )
-    found = versions["transformers"]
-    if found is not None and tuple(map(int, found.split(".")[:2])) < (5, 17):
+    transformers = versions["transformers"]
+    if transformers is not None and tuple(map(int, transformers.split(".")[:2])) < (5, 17):
         problems.append(
-            f"interop.huggingface is written for transformers 5.17 and newer, found {found}"
+            f"interop.huggingface is written for transformers 5.17 and newer, found {transformers}"
         )
     for package in ("fla", "causal_conv1d", "kernels"):
         if importlib.util.find_spec(package) is not None:
@@ -132,10 +132,10 @@ def _gpu_problems() -> list[str]:
     import torch
 
     problems = []
-    theirs = torch.version.cuda
-    if theirs is not None and f"cuda{theirs.split('.')[0]}" != plugin:
+    torch_cuda = torch.version.cuda
+    if torch_cuda is not None and f"cuda{torch_cuda.split('.')[0]}" != plugin:
         problems.append(
-            f"JAX's plugin is built for {plugin}, PyTorch for CUDA {theirs}: the first to load its libraries wins"
+            f"JAX's plugin is built for {plugin}, PyTorch for CUDA {torch_cuda}: the first to load its libraries wins"
         )
     if os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() not in ("false", "0"):
         problems.append(

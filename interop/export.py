@@ -83,12 +83,12 @@ def export_operator(
     for platform in platforms:
         target = _dispatch.target_of(platform)
         with jax.enable_x64(wide), _dispatch.targeting(target):
-            made = jax.export.export(
+            exported = jax.export.export(
                 jax.jit(function), platforms=(platform,), disabled_checks=checks
             )(*inputs)
-            blobs[platform] = made.serialize(vjp_order=vjp_order)
-        outputs = [_describe(aval) for aval in made.out_avals]
-        custom_calls |= any(call in made.mlir_module() for call in _KERNEL_CALLS)
+            blobs[platform] = exported.serialize(vjp_order=vjp_order)
+        outputs = [_describe(aval) for aval in exported.out_avals]
+        custom_calls |= any(call in exported.mlir_module() for call in _KERNEL_CALLS)
 
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
@@ -149,15 +149,15 @@ def _batchable(exported: jax.export.Exported) -> Callable:
         tangible = [leaf.dtype != jax.dtypes.float0 for leaf in leaves]
 
         @jax.custom_batching.sequential_vmap
-        def of_floats(arrays, given):
-            rest = iter(given)
+        def of_floats(arrays, inexact_cotangents):
+            rest = iter(inexact_cotangents)
             full = [next(rest) if t else x for t, x in zip(tangible, leaves, strict=True)]
             gradients = jax.vjp(exported.call, *arrays)[1](tree.unflatten(full))
             return [g for g, real in zip(gradients, inexact, strict=True) if real]
 
-        given = [leaf for leaf, real in zip(leaves, tangible, strict=True) if real]
-        found = iter(of_floats(arrays, given))
-        return tuple(next(found) if real else None for real in inexact)
+        inexact_cotangents = [leaf for leaf, real in zip(leaves, tangible, strict=True) if real]
+        gradients_of_floats = iter(of_floats(arrays, inexact_cotangents))
+        return tuple(next(gradients_of_floats) if real else None for real in inexact)
 
     call.defvjp(lambda *arrays: (forward(*arrays), arrays), pull_back)
     return call

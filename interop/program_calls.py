@@ -85,11 +85,11 @@ class JaxFunction(_SingleLevelFunction):
         tensors, rest = saved[:count], saved[count:]
         if ctx.save:
             outs, residuals = rest[: ctx.num_saved], rest[ctx.num_saved :]
-            given = _backward(tensors, outs, residuals, cotangents, ctx.key, ctx.wanted)
+            results = _backward(tensors, outs, residuals, cotangents, ctx.key, ctx.wanted)
         else:
-            given = forward([*tensors, *cotangents], ctx.program.vjp(ctx.wanted).key)
-        found = iter(given)
-        return None, None, *(next(found) if mark == "1" else None for mark in ctx.wanted)
+            results = forward([*tensors, *cotangents], ctx.program.vjp(ctx.wanted).key)
+        remaining = iter(results)
+        return None, None, *(next(remaining) if mark == "1" else None for mark in ctx.wanted)
 
     @staticmethod
     def _compiled_autograd_key(ctx):
@@ -185,8 +185,8 @@ def _vmap_call(info, in_dims, xs, key: str, wanted: str):
 
 def _vmap_vjp(info, in_dims, xs, outs, residuals, cotangents, key: str, wanted: str):
     dims = [*in_dims[0], *in_dims[3]]
-    given = _batched_call([*xs, *cotangents], dims, programs.find(key).vjp(wanted).key, "")
-    return given, [0] * len(given)
+    results = _batched_call([*xs, *cotangents], dims, programs.find(key).vjp(wanted).key, "")
+    return results, [0] * len(results)
 
 
 def _legacy_vmap_call(xs, key: str, wanted: str):

@@ -92,8 +92,8 @@ class Owner:
             return function(*args, **kwargs, **fixed)
 
         with self._lock:
-            made = Program(of_leaves, self.name, wide=self.wide, owner=self)
-            return self._programs.setdefault((treedef, static), made)
+            program = Program(of_leaves, self.name, wide=self.wide, owner=self)
+            return self._programs.setdefault((treedef, static), program)
 
     def note(self, program: str, signature: Signature) -> None:
         """Counts shapes; says once when there are too many."""
@@ -177,8 +177,8 @@ class Program:
     def _derive(self, kind: str, detail: str, function: Callable) -> "Program":
         with self._lock:
             if (kind, detail) not in self._derived:
-                made = Program(function, f"{self.name}/{kind}", wide=self.wide)
-                self._derived[kind, detail] = made
+                program = Program(function, f"{self.name}/{kind}", wide=self.wide)
+                self._derived[kind, detail] = program
             return self._derived[kind, detail]
 
     def _outputs(self, *xs: jax.Array) -> list[jax.Array]:

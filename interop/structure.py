@@ -86,9 +86,9 @@ def _rebuild(structure: Structure, leaves: Any, position: int) -> tuple[int, Any
     if kind == "namedtuple":
         return position, tuple.__new__(detail, values)
     if kind == "dataclass":
-        made, names, static = detail
-        given = {name: values[i] for i, name in enumerate(names)}
-        return position, made(**given, **dict(static))
+        dataclass, names, static = detail
+        fields = {name: values[i] for i, name in enumerate(names)}
+        return position, dataclass(**fields, **dict(static))
     return position, tuple(values)
 
 

@@ -36,14 +36,14 @@ def documents(kwargs: Mapping[str, Any], like: Tensor) -> Tensor | None:
       ValueError: offsets with more than one row, or that differ between queries and keys; ids of another shape.
     """
     offsets = [kwargs.get(f"cu_seq_lens_{side}") for side in "qk"]
-    given = [x for x in offsets if x is not None]
+    present = [x for x in offsets if x is not None]
     batch, length = like.shape[:2]
-    if given:
-        if len(given) == 2 and _differ(*given):
+    if present:
+        if len(present) == 2 and _differ(*present):
             raise ValueError(
                 f"`cu_seq_lens_k` must equal `cu_seq_lens_q` {offsets[0]}, got {offsets[1]}"
             )
-        return ids_of_offsets("cu_seq_lens_q", given[0], like)
+        return ids_of_offsets("cu_seq_lens_q", present[0], like)
     ids = kwargs.get("seq_idx")
     if ids is not None and ids.shape != (batch, length):
         raise ValueError(f"`seq_idx` must have shape {(batch, length)}, got {tuple(ids.shape)}")

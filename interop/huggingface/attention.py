@@ -110,11 +110,22 @@ def attention_forward(
     if not head_major:
         key, value = key.transpose(1, 2), value.transpose(1, 2)
     out = _attention(
-        query, key, value, sinks=s_aux, mask=attention_mask if boolean else None, segment_ids=ids,
-        bias=None if boolean else attention_mask, dropout_seed=draw_seed(query, dropout, None), dropout_rate=dropout,
-        scale=scaling, is_causal=is_causal, sliding_window=sliding_window if is_causal else None,
-        logits_soft_cap=softcap, head_major=head_major, with_weights=_wants_weights(module, kwargs),
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        sinks=s_aux,
+        mask=attention_mask if boolean else None,
+        segment_ids=ids,
+        bias=None if boolean else attention_mask,
+        dropout_seed=draw_seed(query, dropout, None),
+        dropout_rate=dropout,
+        scale=scaling,
+        is_causal=is_causal,
+        sliding_window=sliding_window if is_causal else None,
+        logits_soft_cap=softcap,
+        head_major=head_major,
+        with_weights=_wants_weights(module, kwargs),
+    )
     if not isinstance(out, tuple):
         return out[:, :num_queries], None
     out, weights = out
@@ -138,10 +149,10 @@ def _documents(
 
 
 def _wants_weights(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    asked = kwargs.get("output_attentions")
-    if asked is None:
-        asked = getattr(getattr(module, "config", None), "output_attentions", None)
-    return bool(asked)
+    wants = kwargs.get("output_attentions")
+    if wants is None:
+        wants = getattr(getattr(module, "config", None), "output_attentions", None)
+    return bool(wants)
 
 
 def _bucket(
@@ -163,9 +174,19 @@ def _bucket(
 
 
 def _jax_attention(
-    query, key, value, *, mask=None, bias=None, segment_ids=None, sinks=None, dropout_seed=None, head_major=False,
-    with_weights=False, **options,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    bias=None,
+    segment_ids=None,
+    sinks=None,
+    dropout_seed=None,
+    head_major=False,
+    with_weights=False,
+    **options,
+):
     if head_major:
         key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
     options |= dict(
@@ -195,7 +216,13 @@ _attention = wrap(
     _jax_attention,
     name="huggingface_attention",
     static_argnames=(
-        "dropout_rate", "scale", "is_causal", "sliding_window", "logits_soft_cap", "head_major", "with_weights",
+        "dropout_rate",
+        "scale",
+        "is_causal",
+        "sliding_window",
+        "logits_soft_cap",
+        "head_major",
+        "with_weights",
     ),
     warn_after=128,  # one function serves every model of the process
-)  # fmt: skip
+)

@@ -76,9 +76,15 @@ def chunk_gated_delta_rule(
         )
     else:
         out, state = gated_delta_rule(
-            query, key, value, g, beta, initial_state=initial_state, segment_ids=ids,
+            query,
+            key,
+            value,
+            g,
+            beta,
+            initial_state=initial_state,
+            segment_ids=ids,
             use_qk_l2norm=use_qk_l2norm_in_kernel,
-        )  # fmt: skip
+        )
     return out[:, :length].to(dtype), state if output_final_state else None
 
 
@@ -271,20 +277,22 @@ def patch_gated_delta(model: torch.nn.Module) -> GatedDeltaPatch:
             count, changes = _originals.get(file.__name__, (0, []))
             if count == 0:
                 changes = _changes(file)
-                for owner, name, _, ours in changes:
-                    setattr(owner, name, ours)
+                for owner, name, _, replacement in changes:
+                    setattr(owner, name, replacement)
             _originals[file.__name__] = (count + 1, changes)
     return GatedDeltaPatch(found)
 
 
 def _changes(file: Any) -> list[_Change]:
     """Functions of a modelling file, and `forward` of its Gated DeltaNet and of the decoder layers that hold one."""
-    ours = {
+    replacement = {
         _CHUNKED: chunk_gated_delta_rule,
         _RECURRENT: recurrent_gated_delta_rule,
         _CONVOLUTION: _packed_conv(getattr(file, _CONVOLUTION)),
     }
-    changes: list[_Change] = [(file, name, getattr(file, name), ours[name]) for name in ours]
+    changes: list[_Change] = [
+        (file, name, getattr(file, name), replacement[name]) for name in replacement
+    ]
     for layer in vars(file).values():
         if not (inspect.isclass(layer) and issubclass(layer, torch.nn.Module)):
             continue

@@ -21,7 +21,7 @@ class CrossAttention(JaxBacked):
     """Grouped-query cross-attention of `gqa_jax`, with Hugging Face's names and `[out, in]` layouts.
 
     Attributes:
-      q_proj, k_proj, v_proj, o_proj: Linear layers, called as such; keys and values come from the context.
+      q_proj, k_proj, v_proj, o_proj: Linear layers, called as such; keys and values come from the memory.
       q_norm, k_norm: `weight [D]`, or None.
       sinks: `[N]`, or None.
     """
@@ -33,7 +33,7 @@ class CrossAttention(JaxBacked):
         self,
         config: gqa_jax.AttentionConfig,
         *,
-        context_dim: int | None = None,
+        memory_dim: int | None = None,
         device=None,
         dtype=None,
     ):
@@ -41,7 +41,7 @@ class CrossAttention(JaxBacked):
 
         Args:
           config: as for `SelfAttention`, with is_causal=False, and mostly with rope=None.
-          context_dim: width of the context; None means `config.model_dim`.
+          memory_dim: width of the memory; None means `config.model_dim`.
           device, dtype: of the parameters.
 
         Raises:
@@ -51,8 +51,8 @@ class CrossAttention(JaxBacked):
         if config.is_causal:
             raise ValueError("`config.is_causal` must be False for cross-attention, got True")
         self.config = config
-        self.context_dim = config.model_dim if context_dim is None else context_dim
-        add_parameters(self, config, self.context_dim, device=device, dtype=dtype)
+        self.memory_dim = config.model_dim if memory_dim is None else memory_dim
+        add_parameters(self, config, self.memory_dim, device=device, dtype=dtype)
         self.bind()
 
     def _bind(self) -> dict[str, Callable]:
@@ -61,22 +61,22 @@ class CrossAttention(JaxBacked):
     def forward(
         self,
         x: Tensor,
-        context: Tensor,
+        memory: Tensor,
         *,
         mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
-        context_segment_ids: Tensor | None = None,
+        memory_segment_ids: Tensor | None = None,
         positions: Tensor | None = None,
-        context_positions: Tensor | None = None,
+        memory_positions: Tensor | None = None,
     ) -> Tensor:
-        """Attends from x to the context; dropout at the configured rate in training mode.
+        """Attends from x to the memory; dropout at the configured rate in training mode.
 
         Args:
           x: `[B, T, M]`.
-          context: `[B, S, context_dim]`.
+          memory: `[B, S, memory_dim]`.
           mask: boolean `[B or 1, N or 1, T, S]`, True where a query (row) may attend.
-          segment_ids, context_segment_ids: `[B, T]` and `[B, S]`; None means 0; negative ids are padding.
-          positions, context_positions: `[B, T]` and `[B, S]`, for the rotary embedding; None counts from 0.
+          segment_ids, memory_segment_ids: `[B, T]` and `[B, S]`; None means 0; negative ids are padding.
+          positions, memory_positions: `[B, T]` and `[B, S]`, for the rotary embedding; None counts from 0.
 
         Returns:
           `[B, T, M]`; zeros, also with an output bias, where a token sees nothing.
@@ -85,22 +85,22 @@ class CrossAttention(JaxBacked):
           ValueError: shapes that do not fit, or an id or position that does not fit int32.
           TypeError: ids or positions that are no integers.
         """
-        widths = (self.config.model_dim, self.context_dim)
-        for name, tensor, width in zip(("x", "context"), (x, context), widths, strict=True):
+        widths = (self.config.model_dim, self.memory_dim)
+        for name, tensor, width in zip(("x", "memory"), (x, memory), widths, strict=True):
             if tensor.dim() != 3 or tensor.shape[-1] != width:
                 raise ValueError(
                     f"`{name}` must have width {width} and three axes, got {tuple(tensor.shape)}"
                 )
         rate = self.config.dropout_rate if self.training else 0.0
-        given = dict(
+        places = dict(
             segment_ids=segment_ids,
-            context_segment_ids=context_segment_ids,
+            memory_segment_ids=memory_segment_ids,
             positions=positions,
-            context_positions=context_positions,
+            memory_positions=memory_positions,
         )
-        integers = {name: as_int32(name, tensor) for name, tensor in given.items()}
+        integers = {name: as_int32(name, tensor) for name, tensor in places.items()}
         out, sees = self._attend(
-            project(self, x, context), mask=mask, dropout_seed=draw_seed(x, rate, None), **integers
+            project(self, x, memory), mask=mask, dropout_seed=draw_seed(x, rate, None), **integers
         )
         out = self.o_proj(out)
         return out if sees is None else out.masked_fill(~sees[..., None], 0)
@@ -109,9 +109,15 @@ class CrossAttention(JaxBacked):
 @functools.cache
 def _attend(config: gqa_jax.AttentionConfig) -> Callable:
     def attend(
-        inputs, *, mask=None, segment_ids=None, context_segment_ids=None, positions=None, context_positions=None,
+        inputs,
+        *,
+        mask=None,
+        segment_ids=None,
+        memory_segment_ids=None,
+        positions=None,
+        memory_positions=None,
         dropout_seed=None,
-    ):  # fmt: skip
+    ):
         query, key, value = by_group(config, inputs)
         layer = nnx.eval_shape(
             lambda: gqa_jax.CrossAttention(config, rngs=nnx.Rngs(0), keep_rngs=False)
@@ -122,13 +128,18 @@ def _attend(config: gqa_jax.AttentionConfig) -> Callable:
         give_weights(layer, config, inputs)
         unread = lambda x: jnp.zeros((*x.shape[:2], config.model_dim), x.dtype)
         memory = layer.project_memory(
-            unread(key), positions=context_positions, segment_ids=context_segment_ids
+            unread(key), positions=memory_positions, segment_ids=memory_segment_ids
         )
         out = layer(
-            unread(query), memory, positions=positions, segment_ids=segment_ids, mask=mask,
-            deterministic=dropout_seed is None, dropout_key=dropout_key(dropout_seed),
-        )  # fmt: skip
-        if mask is None and segment_ids is None and context_segment_ids is None:
+            unread(query),
+            memory,
+            positions=positions,
+            segment_ids=segment_ids,
+            mask=mask,
+            deterministic=dropout_seed is None,
+            dropout_key=dropout_key(dropout_seed),
+        )
+        if mask is None and segment_ids is None and memory_segment_ids is None:
             return out, None
         if segment_ids is None:
             segment_ids = jnp.zeros(query.shape[:2], jnp.int32)

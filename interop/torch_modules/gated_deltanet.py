@@ -73,16 +73,24 @@ class GatedDeltaNet(JaxBacked):
         sizes = {"in_proj_qkvz": 2 * keys + 2 * values, "in_proj_ba": 2 * heads}
         if layout == "qwen3_5":
             sizes = {
-                "in_proj_qkv": 2 * keys + values, "in_proj_z": values, "in_proj_b": heads, "in_proj_a": heads,
-            }  # fmt: skip
+                "in_proj_qkv": 2 * keys + values,
+                "in_proj_z": values,
+                "in_proj_b": heads,
+                "in_proj_a": heads,
+            }
         placed: dict[str, Any] = dict(device=device, dtype=dtype)
         for name, size in sizes.items():
             setattr(self, name, torch.nn.Linear(config.model_dim, size, bias=False, **placed))
         channels = 2 * keys + values
         self.conv1d = torch.nn.Conv1d(
-            channels, channels, config.conv_width, groups=channels, bias=config.conv_bias,
-            padding=config.conv_width - 1, **placed,
-        )  # fmt: skip
+            channels,
+            channels,
+            config.conv_width,
+            groups=channels,
+            bias=config.conv_bias,
+            padding=config.conv_width - 1,
+            **placed,
+        )
         for name, initial in _initial_decay(config, device).items():
             self.register_parameter(name, torch.nn.Parameter(initial.to(dtype or initial.dtype)))
         self.norm = Scale(config.value_head_dim, 0.0 if config.norm_zero_centred else 1.0, **placed)
@@ -91,8 +99,10 @@ class GatedDeltaNet(JaxBacked):
 
     def _bind(self) -> dict[str, Callable]:
         return {
-            "_mix": _mix(self.config), "_step": _step(self.config), "_step_jit": _step_jit(self.config),
-        }  # fmt: skip
+            "_mix": _mix(self.config),
+            "_step": _step(self.config),
+            "_step_jit": _step_jit(self.config),
+        }
 
     def forward(self, x: Tensor, *, segment_ids: Tensor | None = None) -> Tensor:
         """The layer over whole rows, each from an empty state.
@@ -199,12 +209,12 @@ def _layer(
         v_per_key=per_key, key_head_dim=config.key_head_dim, value_head_dim=config.value_head_dim
     )
     layer = nnx.eval_shape(lambda: gqa_jax.GatedDeltaNet(config, rngs=nnx.Rngs(0)))
-    given = {
+    functions = {
         "in_proj": lambda x: mixed,
         "ba": lambda x: gates,
         "out": lambda values: values.reshape(batch, length, -1),
     }
-    for name, function in given.items():
+    for name, function in functions.items():
         setattr(layer, name, function)
     layer.conv.kernel = nnx.Param(layouts.conv_to_key_heads(inputs["conv"], **sizes))
     if inputs["conv_bias"] is not None:

@@ -117,8 +117,10 @@ def check_step(x: Tensor, cache: Any, lengths: Tensor | None) -> Tensor | None:
             batch_size=arrays.batch_size, max_tokens=arrays.max_tokens, length=np.asarray(held)
         )
         shape: Any = jax.ShapeDtypeStruct(tuple(x.shape), dtype_to_jax(x.dtype))
-        given: Any = None if lengths is None else lengths.numpy()
-        check_arrays(shape, seen, given, width=x.shape[-1], rows={})  # the traced step checks those
+        new_lengths: Any = None if lengths is None else lengths.numpy()
+        check_arrays(
+            shape, seen, new_lengths, width=x.shape[-1], rows={}
+        )  # the traced step checks those
     return lengths
 
 

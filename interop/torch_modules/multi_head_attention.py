@@ -213,9 +213,14 @@ class MultiHeadAttention(nn.Module):
         query, key, value = autocast(query, key.to(query.dtype), value.to(query.dtype))
         rate = self.attn_dropout if self.training else 0.0
         out = attention(
-            query, key, value, mask=heads if boolean else None, bias=None if boolean else heads,
-            is_causal=mask is None and self.is_causal, dropout_rate=rate if rate < 1.0 else 0.0,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            mask=heads if boolean else None,
+            bias=None if boolean else heads,
+            is_causal=mask is None and self.is_causal,
+            dropout_rate=rate if rate < 1.0 else 0.0,
+        )
         if rate == 1.0:  # nothing is left
             out = nn.functional.dropout(out, 1.0)
         return self.output_proj(out.reshape(batch, length, -1))

@@ -121,17 +121,26 @@ class NNXModule(JaxBacked):
 
 _Path = tuple[Any, ...]
 # What a name must not be, at any depth: torch.nn.Module uses it.
-_TAKEN = frozenset(dir(torch.nn.Module())) | frozenset(dir(JaxBacked)) | {
-    "factory", "method", "static_argnames", "key_impls", "streams", "_call",
-}  # fmt: skip
+_TAKEN = (
+    frozenset(dir(torch.nn.Module()))
+    | frozenset(dir(JaxBacked))
+    | {
+        "factory",
+        "method",
+        "static_argnames",
+        "key_impls",
+        "streams",
+        "_call",
+    }
+)
 
 
 def _variables(state: nnx.State) -> list[tuple[_Path, nnx.Variable]]:
     """Path and Variable, in the order of the state's leaves."""
-    found, _ = jax.tree_util.tree_flatten_with_path(
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
         state, is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
-    return [(tuple(getattr(k, "key", k) for k in path), variable) for path, variable in found]
+    return [(tuple(getattr(k, "key", k) for k in path), variable) for path, variable in leaves]
 
 
 def _name(path: _Path) -> str:

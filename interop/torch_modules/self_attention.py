@@ -72,8 +72,10 @@ class SelfAttention(JaxBacked):
 
     def _bind(self) -> dict[str, Callable]:
         return {
-            "_attend": _attend(self.config), "_step": _step(self.config), "_step_jit": _step_jit(self.config),
-        }  # fmt: skip
+            "_attend": _attend(self.config),
+            "_step": _step(self.config),
+            "_step_jit": _step_jit(self.config),
+        }
 
     def forward(
         self,
@@ -102,9 +104,12 @@ class SelfAttention(JaxBacked):
         segment_ids = as_int32("segment_ids", segment_ids)
         rate = self.config.dropout_rate if self.training else 0.0
         out = self._attend(
-            project(self, x, x), positions=as_int32("positions", positions), segment_ids=segment_ids, mask=mask,
+            project(self, x, x),
+            positions=as_int32("positions", positions),
+            segment_ids=segment_ids,
+            mask=mask,
             dropout_seed=draw_seed(x, rate, None),
-        )  # fmt: skip
+        )
         out = self.o_proj(out)
         return out if segment_ids is None else out.masked_fill((segment_ids < 0)[..., None], 0)
 
@@ -258,9 +263,13 @@ def _attend(config: gqa_jax.AttentionConfig) -> Callable:
     def attend(inputs, *, positions=None, segment_ids=None, mask=None, dropout_seed=None):
         layer, x = _layer(config, inputs)
         return layer(
-            x, positions=positions, segment_ids=segment_ids, mask=mask, deterministic=dropout_seed is None,
+            x,
+            positions=positions,
+            segment_ids=segment_ids,
+            mask=mask,
+            deterministic=dropout_seed is None,
             dropout_key=dropout_key(dropout_seed),
-        )  # fmt: skip
+        )
 
     return wrap(attend, name="SelfAttention")
 

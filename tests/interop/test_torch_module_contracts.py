@@ -60,7 +60,7 @@ def test_where_nothing_is_seen_both_frameworks_give_zeros():
     cases = (
         ("attention", dict(segment_ids=ids, mask=mask)),
         ("cross", dict(mask=mask)),
-        ("cross", dict(segment_ids=ids, context_segment_ids=memory_ids, mask=mask)),
+        ("cross", dict(segment_ids=ids, memory_segment_ids=memory_ids, mask=mask)),
         ("delta", dict(segment_ids=ids)),
     )
     for name, options in cases:
@@ -69,8 +69,8 @@ def test_where_nothing_is_seen_both_frameworks_give_zeros():
             original.out.bias[...] = jnp.full((32,), 5.0)
         given = interop.tree_to_jax(dict(options), wide="cast")
         arrays = [interop.to_jax(x.detach())] * (2 if name == "cross" else 1)
-        if "context_segment_ids" in given:
-            ids_of_memory = given.pop("context_segment_ids")
+        if "memory_segment_ids" in given:
+            ids_of_memory = given.pop("memory_segment_ids")
             arrays[1] = original.project_memory(arrays[1], segment_ids=ids_of_memory)
         zeros = torch.from_dlpack(
             (original(*arrays, **given) == 0).all(-1).astype(jnp.uint8)
@@ -85,8 +85,8 @@ def test_where_nothing_is_seen_both_frameworks_give_zeros():
 
 def test_cross_attention_rotates_by_positions_of_its_own():
     config = gqa_jax.AttentionConfig(**SIZES, is_causal=False)
-    layer = interop.CrossAttention(config, context_dim=24)
-    x, context = random(2, 5, 32), random(2, 7, 24, seed=1)
+    layer = interop.CrossAttention(config, memory_dim=24)
+    x, memory = random(2, 5, 32), random(2, 7, 24, seed=1)
     positions, others = torch.arange(5).expand(2, -1) * 3 + 2, torch.arange(7).flip(0).expand(2, -1)
 
     def rotate(heads, at):
@@ -99,17 +99,17 @@ def test_cross_attention_rotates_by_positions_of_its_own():
     def expected(at, other):
         q, k, v = (
             p(y).view(2, y.shape[1], -1, 8).transpose(1, 2)
-            for p, y in ((layer.q_proj, x), (layer.k_proj, context), (layer.v_proj, context))
+            for p, y in ((layer.q_proj, x), (layer.k_proj, memory), (layer.v_proj, memory))
         )
         out = torch.nn.functional.scaled_dot_product_attention(
             rotate(q, at), rotate(k, other), v, enable_gqa=True
         )
         return layer.o_proj(out.transpose(1, 2).flatten(2))
 
-    ours = layer(x, context, positions=positions, context_positions=others)
+    ours = layer(x, memory, positions=positions, memory_positions=others)
     assert_close(ours, expected(positions, others), atol=1e-5)
     plain = (torch.arange(n).expand(2, -1) for n in (5, 7))
-    assert_close(layer(x, context), expected(*plain), atol=1e-5)
+    assert_close(layer(x, memory), expected(*plain), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYERS)

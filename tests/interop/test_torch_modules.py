@@ -321,27 +321,27 @@ def test_a_replaced_projection_takes_part():
 
 def test_cross_attention_is_torchs():
     config = gqa_jax.AttentionConfig(**ATTENTION, rope=None, is_causal=False, qkv_bias=True)
-    layer = interop.CrossAttention(config, context_dim=24)
-    x, context = hidden(5, grad=True), hidden(7, width=24)
+    layer = interop.CrossAttention(config, memory_dim=24)
+    x, memory = hidden(5, grad=True), hidden(7, width=24)
     heads = lambda y, n: y.view(2, -1, n, 8).transpose(1, 2)
     expected = torch.nn.functional.scaled_dot_product_attention(
         heads(layer.q_proj(x), 4),
-        heads(layer.k_proj(context), 2),
-        heads(layer.v_proj(context), 2),
+        heads(layer.k_proj(memory), 2),
+        heads(layer.v_proj(memory), 2),
         enable_gqa=True,
     )
     expected = layer.o_proj(expected.transpose(1, 2).flatten(2))
-    out = layer(x, context)
+    out = layer(x, memory)
     assert_close(out, expected, atol=1e-5)
     gradients = [
         torch.autograd.grad(y.sin().sum(), list(layer.parameters())) for y in (out, expected)
     ]
     for mine, its in zip(*gradients, strict=True):
         assert_close(mine, its, atol=1e-5)
-    ids, context_ids = torch.zeros(2, 5, dtype=torch.int64), torch.tensor([[0] * 4 + [-1] * 3] * 2)
-    padded = layer(x, context, segment_ids=ids, context_segment_ids=context_ids)
-    assert_close(padded, layer(x, context[:, :4]), atol=1e-5)
-    with pytest.raises(ValueError, match="`context` must have width 24"):
+    ids, memory_ids = torch.zeros(2, 5, dtype=torch.int64), torch.tensor([[0] * 4 + [-1] * 3] * 2)
+    padded = layer(x, memory, segment_ids=ids, memory_segment_ids=memory_ids)
+    assert_close(padded, layer(x, memory[:, :4]), atol=1e-5)
+    with pytest.raises(ValueError, match="`memory` must have width 24"):
         layer(x, x)
     with pytest.raises(ValueError, match="`config.is_causal` must be False for cross-attention"):
         interop.CrossAttention(gqa_jax.AttentionConfig(**ATTENTION))
