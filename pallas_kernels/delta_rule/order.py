@@ -133,7 +133,8 @@ def spoiled_outputs(outputs, tokens: Tokens, initial_state, boundaries, cu_seqle
 
     # One sum knows of any NaN or infinity; that a huge one overflows does no harm. A loop of at most one step hands the
     # outputs on in place, where a `cond` would copy them.
-    total = functools.reduce(operator.add, map(jnp.sum, (*tokens, initial_state)))
+    sums = (jnp.sum(x, dtype=initial_state.dtype) for x in (*tokens, initial_state))
+    total = functools.reduce(operator.add, sums)
     _, *marked = jax.lax.while_loop(
         lambda carry: carry[0],
         lambda carry: (jnp.zeros_like(carry[0]), *mark(*carry[1:])),
