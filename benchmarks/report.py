@@ -79,7 +79,7 @@ def ratio(variant: str, ours: str = "ours") -> Callable[[Row], str]:
 
 
 def field(name: str) -> Callable[[Row], str]:
-    """Cell: a field of the row as it stands."""
+    """Cell: a field of the row, unformatted."""
     return lambda row: str(row[name])
 
 

@@ -1,7 +1,7 @@
 """Flax NNX modules for grouped-query attention and gated delta linear attention.
 
-What a model is built from stands here; what stands beside it (`gqa_jax.checkpoint`,
-`.training`, `.sharding` ...) loads when first used.
+The parts of a model are imported here; the modules around it (`gqa_jax.checkpoint`,
+`.training`, `.sharding` ...) load when first used.
 """
 
 import importlib

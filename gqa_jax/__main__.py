@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "plan",
-        help="what a step costs on 1 to 512 GPUs that are not there",
+        help="what a step costs on 1 to 512 GPUs; none is needed",
         description=plan_command.DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -39,9 +39,13 @@ def measure(quick: bool) -> list[dict]:
     rows = []
     for task, length, group, dtype in cells:
         row = {
-            "task": task, "length": length, "group": group, "dtype": dtype,
-            "num_heads": NUM_HEADS, "head_dim": HEAD_DIM,
-        }  # fmt: skip
+            "task": task,
+            "length": length,
+            "group": group,
+            "dtype": dtype,
+            "num_heads": NUM_HEADS,
+            "head_dim": HEAD_DIM,
+        }
         if time.perf_counter() - started > budget:
             rows.append(row | {"left_out": f"over {budget:.0f} s"})
             continue

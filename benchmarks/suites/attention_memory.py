@@ -29,9 +29,12 @@ def measure(quick: bool) -> list[dict]:
     """One row per length: bytes of each implementation."""
     return [
         {
-            "length": length, "num_heads": NUM_HEADS, "num_kv_heads": NUM_KV_HEADS,
-            "head_dim": HEAD_DIM, "dtype": "bfloat16",
+            "length": length,
+            "num_heads": NUM_HEADS,
+            "num_kv_heads": NUM_KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "dtype": "bfloat16",
             "bytes": {name: temp_bytes(name, length) for name in ("blockwise", "reference")},
         }
         for length in (LENGTHS[:2] if quick else LENGTHS)
-    ]  # fmt: skip
+    ]

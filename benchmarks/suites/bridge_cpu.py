@@ -98,9 +98,12 @@ def tiny(size: int, *, backward: bool, calls: int) -> dict:
     per_call = {"ours": calls, "naive": few, "torch": calls, "jax": calls}
     micro = {name: 1e6 * t["median"] / per_call[name] for name, t in times.items()}
     return {
-        "what": "tiny", "length": size, "backward": backward, "microseconds": micro,
+        "what": "tiny",
+        "length": size,
+        "backward": backward,
+        "microseconds": micro,
         "naive_over_ours": micro["naive"] / micro["ours"],
-    }  # fmt: skip
+    }
 
 
 def in_use(length: int, *, backward: bool, rounds: int) -> dict:
@@ -132,6 +135,9 @@ def in_use(length: int, *, backward: bool, rounds: int) -> dict:
     times = timing.paired({"bridge": from_torch, "jax": from_jax}, rounds=rounds)
     milli = {name: 1e3 * t["min"] for name, t in times.items()}
     return {
-        "what": "attention", "length": length, "backward": backward, "milliseconds": milli,
+        "what": "attention",
+        "length": length,
+        "backward": backward,
+        "milliseconds": milli,
         "bridge_adds": milli["bridge"] / milli["jax"] - 1,
-    }  # fmt: skip
+    }

@@ -19,15 +19,23 @@ def measure(quick: bool) -> list[dict]:
     """Rows of `what`: "paired", "memory", "growth" and "convolution"."""
     if quick:
         return [
-            paired(128, 2, backward=True, rounds=1), memory(128, 2), growth(256, 2), convolution(64, 32)
-        ]  # fmt: skip
+            paired(128, 2, backward=True, rounds=1),
+            memory(128, 2),
+            growth(256, 2),
+            convolution(64, 32),
+        ]
     rows = [
         paired(length, heads, backward=backward, rounds=2 if backward else 3)
         for length, heads, backward in (
-            (2048, 8, False), (2048, 32, False), (8192, 8, False), (8192, 32, False),
-            (2048, 8, True), (2048, 32, True), (8192, 8, True),
+            (2048, 8, False),
+            (2048, 32, False),
+            (8192, 8, False),
+            (8192, 32, False),
+            (2048, 8, True),
+            (2048, 32, True),
+            (8192, 8, True),
         )
-    ]  # fmt: skip
+    ]
     rows += [memory(length, 8) for length in (2048, 8192)]
     rows += [growth(length, 1) for length in (1024, 4096, 16384, 65536)]
     return [*rows, convolution(4096, 1024)]
@@ -69,8 +77,9 @@ def paired(length: int, heads: int, *, backward: bool, rounds: int) -> dict:
 
     theirs = functools.partial(
         modeling_qwen3_next.torch_chunk_gated_delta_rule,
-        output_final_state=True, use_qk_l2norm_in_kernel=True,
-    )  # fmt: skip
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )
     arrays = operands(length, heads)
     ours = tuple(jnp.asarray(a) for a in arrays.values())
     tensors = [torch.tensor(a, requires_grad=backward) for a in arrays.values()]
@@ -91,10 +100,17 @@ def paired(length: int, heads: int, *, backward: bool, rounds: int) -> dict:
     )
     medians = {name: s["median"] for name, s in seconds.items()}
     return {
-        "what": "paired", "batch": 1, "length": length, "heads": heads, "dim": DIM, "dtype": "float32",
-        "pass": "forward and backward" if backward else "forward", "seconds": seconds,
-        "speedup": medians["hugging face"] / medians["ours"], "compile_seconds": compile_seconds,
-    }  # fmt: skip
+        "what": "paired",
+        "batch": 1,
+        "length": length,
+        "heads": heads,
+        "dim": DIM,
+        "dtype": "float32",
+        "pass": "forward and backward" if backward else "forward",
+        "seconds": seconds,
+        "speedup": medians["hugging face"] / medians["ours"],
+        "compile_seconds": compile_seconds,
+    }
 
 
 def memory(length: int, heads: int) -> dict:
@@ -103,11 +119,14 @@ def memory(length: int, heads: int) -> dict:
     out, pull = jax.vjp(run, *tokens)
     kept = sum(x.nbytes for x in jax.tree.leaves(pull)) - sum(x.nbytes for x in tokens)
     return {
-        "what": "memory", "length": length, "heads": heads, "dim": DIM,
+        "what": "memory",
+        "length": length,
+        "heads": heads,
+        "dim": DIM,
         "kept_bytes_per_token_and_head": kept / (length * heads),
         "input_bytes_per_token_and_head": sum(x.nbytes for x in tokens) / (length * heads),
         "state_bytes_per_head": out.final_state.nbytes / heads,
-    }  # fmt: skip
+    }
 
 
 def growth(length: int, heads: int) -> dict:
@@ -116,8 +135,9 @@ def growth(length: int, heads: int) -> dict:
     forward, gradient = compiled(run, *tokens)[0], compiled(jax.grad(loss), tokens)[0]
     seconds = timing.paired(
         {"forward": lambda: forward(*tokens), "gradient": lambda: gradient(tokens)},
-        rounds=3, warmup=1,
-    )  # fmt: skip
+        rounds=3,
+        warmup=1,
+    )
     return {"what": "growth", "length": length, "heads": heads, "dim": DIM, "seconds": seconds}
 
 
@@ -129,9 +149,13 @@ def convolution(length: int, features: int, width: int = 4) -> dict:
 
     def grouped(x, weight):
         return jax.lax.conv_general_dilated(
-            x, weight[:, None], (1,), [(width - 1, 0)], feature_group_count=features,
+            x,
+            weight[:, None],
+            (1,),
+            [(width - 1, 0)],
+            feature_group_count=features,
             dimension_numbers=("NWC", "WIO", "NWC"),
-        )  # fmt: skip
+        )
 
     def shifted(x, weight):
         return causal_conv1d(x, weight).out

@@ -113,10 +113,12 @@ def problem(shape: Shape) -> Problem:
         value=rounded(normal(rows, length, heads, dim)),
         g=rounded(-np.log1p(np.exp(a)), jnp.float32),
         beta=rounded(1.0 / (1.0 + np.exp(-b)), jnp.float32),
-        initial_state=rounded(0.1 * normal(rows, heads, dim, dim), shape.state_dtype or jnp.float32),
+        initial_state=rounded(
+            0.1 * normal(rows, heads, dim, dim), shape.state_dtype or jnp.float32
+        ),
         d_out=rounded(normal(rows, length, heads, dim)),
         d_final=rounded(0.1 * normal(rows, heads, dim, dim), jnp.float32),
-    )  # fmt: skip
+    )
     return Problem(case, a, b, shape)
 
 
@@ -231,9 +233,11 @@ def our_names(given: Problem) -> dict[str, str | None]:
         reasons = pk.explain(operator, *operands[: 6 if decode else 5], **options).reasons
     names = [name for name in (STEPS if decode else RULES) if name in reasons]
     return {
-        name: None if not reasons[name] or reasons[name].endswith("preferred here") else reasons[name]
+        name: None
+        if not reasons[name] or reasons[name].endswith("preferred here")
+        else reasons[name]
         for name in names
-    }  # fmt: skip
+    }
 
 
 # --- peers -----------------------------------------------------------------------------------------------------------
@@ -271,9 +275,14 @@ def fla(decode: bool) -> Callable[..., Any]:
     rules = importlib.import_module("fla.ops.gated_delta_rule")
     call = rules.fused_recurrent_gated_delta_rule if decode else rules.chunk_gated_delta_rule
     return lambda t: call(
-        t["query"], t["key"], t["value"], t["g"], t["beta"],
-        initial_state=t["initial_state"], output_final_state=True,
-    )  # fmt: skip
+        t["query"],
+        t["key"],
+        t["value"],
+        t["g"],
+        t["beta"],
+        initial_state=t["initial_state"],
+        output_final_state=True,
+    )
 
 
 def flash_qla(decode: bool) -> Callable[..., Any]:
@@ -281,9 +290,14 @@ def flash_qla(decode: bool) -> Callable[..., Any]:
         raise Left("compared on whole sequences only")
     call = installed("flash_qla").chunk_gated_delta_rule
     return lambda t: call(
-        t["query"], t["key"], t["value"], t["g"], t["beta"],
-        initial_state=t["initial_state"], output_final_state=True,
-    )  # fmt: skip
+        t["query"],
+        t["key"],
+        t["value"],
+        t["g"],
+        t["beta"],
+        initial_state=t["initial_state"],
+        output_final_state=True,
+    )
 
 
 def flashinfer(decode: bool) -> Callable[..., Any]:
@@ -300,9 +314,16 @@ def flashinfer(decode: bool) -> Callable[..., Any]:
             zero = torch.zeros(t["a"].shape[-1], device="cuda")
             # In place: each call continues from the state of the last, but the check wants the given one untouched.
             return gated_delta_rule_decode(
-                t["query"], t["key"], t["value"], t["initial_state"], zero, t["a"], zero, t["b"],
+                t["query"],
+                t["key"],
+                t["value"],
+                t["initial_state"],
+                zero,
+                t["a"],
+                zero,
+                t["b"],
                 use_qk_l2norm=False,
-            )  # fmt: skip
+            )
 
         return one
     from flashinfer.gdn_prefill import chunk_gated_delta_rule
@@ -312,10 +333,13 @@ def flashinfer(decode: bool) -> Callable[..., Any]:
         flat = lambda x: x.reshape(rows * length, *x.shape[2:])
         bounds = torch.arange(rows + 1, device="cuda", dtype=torch.int64) * length
         out, final = chunk_gated_delta_rule(
-            *(flat(t[name]) for name in ("query", "key", "value")), flat(t["g"].exp()),
-            flat(t["beta"]), initial_state=t["initial_state"].transpose(-1, -2).contiguous(),
-            output_final_state=True, cu_seqlens=bounds,
-        )  # fmt: skip
+            *(flat(t[name]) for name in ("query", "key", "value")),
+            flat(t["g"].exp()),
+            flat(t["beta"]),
+            initial_state=t["initial_state"].transpose(-1, -2).contiguous(),
+            output_final_state=True,
+            cu_seqlens=bounds,
+        )
         return out.reshape(rows, length, *out.shape[1:]), final.transpose(-1, -2)
 
     return whole
@@ -445,9 +469,11 @@ def measure_shape(
         try:
             call, with_backward = make(decode), backward and name not in NO_BACKWARD
             errors = check(
-                name, peer_results(call, piece, with_backward), exact,
+                name,
+                peer_results(call, piece, with_backward),
+                exact,
                 dict.fromkeys(("out", "final_state", "gradient"), PEER_TOLERANCE),
-            )  # fmt: skip
+            )
             calls[name], launched = peer_calls(call, full, with_backward, chained)
             about[name] = {"relative_error": errors, "launched": launched}
         except Exception as reason:

@@ -111,8 +111,13 @@ def emulate(case: delta_cases.Case, plan, r) -> dict[str, np.ndarray]:
             here = (0, slice(begin, begin + CHUNK), head)
             shared = (*here[:2], head // group)
             chunk = make_chunk(
-                case.query[shared], case.key[shared], case.value[here], case.g[here], case.beta[here], scale
-            )  # fmt: skip
+                case.query[shared],
+                case.key[shared],
+                case.value[here],
+                case.g[here],
+                case.beta[here],
+                scale,
+            )
             out[here], written = plan(chunk, state, scale, r)
             state = single(chunk.since[-1] * state + written)
         final[0, head] = state

@@ -1,4 +1,4 @@
-"""What stands around the delta rule in a Gated DeltaNet layer, on an NVIDIA GPU: the convolution, and a decode step.
+"""The parts around the delta rule in a Gated DeltaNet layer, on an NVIDIA GPU: the convolution, and a decode step.
 
     python -m benchmarks.run deltanet_gpu            # on an H100 or H200
     python -m benchmarks.run deltanet_gpu --quick    # anywhere: toy shapes, the kernels interpreted
@@ -105,9 +105,15 @@ def convolution(shape: Shape) -> tuple[tuple[jax.Array, ...], dict[str, Any], di
 def step(shape: Shape) -> tuple[tuple[jax.Array, ...], dict[str, Any], dict[str, Any]]:
     """As `convolution`, of a decode step."""
     case = deltanet_cases.random_case(
-        0, rows=shape.rows, length=shape.length, key_heads=shape.key_heads, group=shape.group,
-        key_dim=shape.dim, value_dim=shape.dim, width=WIDTH,
-    )  # fmt: skip
+        0,
+        rows=shape.rows,
+        length=shape.length,
+        key_heads=shape.key_heads,
+        group=shape.group,
+        key_dim=shape.dim,
+        value_dim=shape.dim,
+        width=WIDTH,
+    )
     wide = ("state", "A_log", "dt_bias")
     given = {
         name: jnp.asarray(x, jnp.float32) if name in wide else narrow(x) for name, x in case.items()

@@ -1,4 +1,4 @@
-"""What a step may be given."""
+"""Checks of the arguments of a decode or prefill step."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def check_step(x: Any, cache: Any, lengths: Any, *, width: int, rows: Rows) -> A
     Args:
       x, cache, lengths: of the step.
       width: M.
-      rows: shape of one row of each array that the layer's cache must have; None stands for any size.
+      rows: shape of one row of each array that the layer's cache must have; None means any size.
 
     Raises:
       ValueError: `x` or `lengths` has the wrong shape or range, the cache is of other sizes, or (where its lengths can

@@ -76,7 +76,7 @@ class EveryToken(abc.ABC):
         """Appends T tokens, then attends from them, causally.
 
         Args:
-          query: `[B, T, N, D]`; token t of a row stands behind the row's old tokens and the t before it.
+          query: `[B, T, N, D]`; token t of a row follows the row's old tokens and the t before it.
           key, value: `[B, T, K, D]`.
           lengths: `[B]`, how many of the T tokens are real. Inside `jit` a row with a number outside [0, T] is lost: it
             takes no token, returns NaN, and has overflowed until `reset`.

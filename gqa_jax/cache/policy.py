@@ -1,4 +1,4 @@
-"""Which cache a name stands for."""
+"""Allocates the cache that a policy names."""
 
 from typing import Literal, get_args
 

@@ -44,7 +44,7 @@ class GatedDeltaNetState:
         return jax.tree.map(jnp.zeros_like, self)
 
     def rewind(self, position: int | Int[Array, "B"]) -> Rewound:
-        """Accepts where the row is (nothing to do) and 0 (an empty state): what was folded in cannot be taken out."""
+        """Accepts where the row is (nothing to do) and 0 (an empty state): a token cannot be removed from the state."""
         position = target_positions(position, self.length)
         emptied = position == 0
         accepted = emptied | ((position == self.length) & ~self.overflowed())

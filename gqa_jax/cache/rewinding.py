@@ -29,12 +29,12 @@ def target_positions(position: int | Int[Array, "B"], length: Array) -> Array:
       TypeError: not integer.
       ValueError: neither one position nor one per row.
     """
-    given: Any = position if hasattr(position, "dtype") else np.asarray(position)
-    dtype = jax.dtypes.canonicalize_dtype(given.dtype)
+    array: Any = position if hasattr(position, "dtype") else np.asarray(position)
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
     if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"`position` must be an integer, got {dtype}")
-    if given.shape not in ((), length.shape[-1:]):
+    if array.shape not in ((), length.shape[-1:]):
         raise ValueError(
-            f"`position` must be one integer or have shape [B={length.shape[-1]}], got {given.shape}"
+            f"`position` must be one integer or have shape [B={length.shape[-1]}], got {array.shape}"
         )
-    return jnp.broadcast_to(as_int32("position", given), length.shape)
+    return jnp.broadcast_to(as_int32("position", array), length.shape)

@@ -34,7 +34,7 @@ def convert_rope_pairing(
 
     Args:
       weight: heads of `head_dim` features flattened along `axis`; a `[D]` norm scale is one head.
-      source, target: the pairing that the features follow, and shall follow.
+      source, target: the pairing of the features, and the one to convert to.
       head_dim: D.
       rotary_dim: the first so many channels of each head turn; None for all. The others stay in place.
       axis: of the features.

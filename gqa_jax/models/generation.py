@@ -380,5 +380,5 @@ def _decode(
 
     progress = _first(logits, rules, max_new_tokens=max_new_tokens)
     progress, cache = jax.lax.while_loop(more, body, (progress, cache))
-    # The compiler chooses the layout of a loop's carry by itself; every device shall have the tokens whole.
+    # The compiler chooses the layout of a loop's carry by itself; every device must hold all tokens.
     return tensor_parallel.on_every_device(lambda x: x, progress, axes=rules.axes), cache

@@ -1,4 +1,4 @@
-"""Bytes, predicted without allocating and summed where they lie."""
+"""Bytes of parameters, gradients and caches: predicted without allocating, or summed over arrays."""
 
 import math
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""What a step costs on a mesh that is not there: memory, collectives, operations, a bound on the time."""
+"""What a step costs on a mesh that this machine does not have: memory, collectives, operations, a bound on the time."""
 
 from gqa_jax.planner.costs import Collective as Collective
 from gqa_jax.planner.costs import Costs as Costs

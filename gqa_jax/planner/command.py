@@ -16,7 +16,8 @@ from gqa_jax.planner.mesh import ROLES, parse_mesh
 from gqa_jax.planner.plan import Plan, plan
 from pallas_kernels import aot
 
-DESCRIPTION = """Compiles one training or decode step for GPUs that are not there, and prints what it costs per device.
+DESCRIPTION = """Compiles one training or decode step for GPUs that this machine need not have,
+and prints what it costs per device.
 
 Memory, collectives and their schedule come from the compiled program. The bound on the time is what no schedule can
 beat: operations of the model, bytes read and written at least once, bytes sent, each at the full rate that the target
@@ -85,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"python -m gqa_jax plan: {reason}", file=sys.stderr)
         return 1
     try:
-        made = plan(_config(options), **_arguments(options))
+        result = plan(_config(options), **_arguments(options))
     except (ValueError, NotImplementedError) as error:
         print(f"python -m gqa_jax plan: error: {error}", file=sys.stderr)
         return 2
@@ -94,9 +95,9 @@ def run(options: argparse.Namespace) -> int:
             raise
         print(f"python -m gqa_jax plan: error: --compiler-option: {error}", file=sys.stderr)
         return 2
-    print(as_text(made, title=options.config))
+    print(as_text(result, title=options.config))
     if options.json:
-        options.json.write_text(json.dumps(made.as_json(), indent=1) + "\n")
+        options.json.write_text(json.dumps(result.as_json(), indent=1) + "\n")
     return 0
 
 
@@ -114,8 +115,8 @@ def _config(options: argparse.Namespace) -> DecoderConfig:
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:
     rates = aot.rates(options.target)
-    given = {name: getattr(options, name, None) for name in rates._fields}
-    for name, rate in given.items():
+    overrides = {name: getattr(options, name, None) for name in rates._fields}
+    for name, rate in overrides.items():
         if rate is not None and not 0.0 < rate < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {rate}")
     compiler_options: dict[str, Any] = {}
@@ -136,46 +137,48 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
         explicit=options.explicit,
         dtype=options.dtype,
         param_dtype=options.param_dtype,
-        rates=rates._replace(**{name: rate for name, rate in given.items() if rate is not None}),
+        rates=rates._replace(
+            **{name: rate for name, rate in overrides.items() if rate is not None}
+        ),
         compiler_options=compiler_options,
     )
 
 
-def as_text(made: Plan, *, title: str) -> str:
+def as_text(result: Plan, *, title: str) -> str:
     """A plan as a page of text."""
-    mesh = " ".join(f"{name}={size}" for name, size in made.mesh.items())
+    mesh = " ".join(f"{name}={size}" for name, size in result.mesh.items())
     lines = [
-        f"{title}, one step of {made.step} on {made.devices} x {made.target}: mesh {mesh} ({made.axis_type} axes), "
-        f"batch {made.batch} x {made.length} tokens",
-        f"compiled in {made.compile_seconds:.0f} s by jax {made.jax_version}",
-        *(f"  {note}" for note in made.notes),
+        f"{title}, one step of {result.step} on {result.devices} x {result.target}: "
+        f"mesh {mesh} ({result.axis_type} axes), batch {result.batch} x {result.length} tokens",
+        f"compiled in {result.compile_seconds:.0f} s by jax {result.jax_version}",
+        *(f"  {note}" for note in result.notes),
         "",
         "memory per device",
-        f"  arguments   {_size(made.argument_bytes)}   "
-        + ", ".join(f"{name} {_size(size).strip()}" for name, size in made.parts.items()),
-        f"  outputs     {_size(made.output_bytes)}   of which {_size(made.aliased_bytes).strip()} in place",
-        f"  temporary   {_size(made.temporary_bytes)}",
-        f"  peak        {_size(made.peak_bytes)}   of {_size(made.memory_bytes).strip()}: "
-        + ("fits" if made.fits else "DOES NOT FIT"),
+        f"  arguments   {_size(result.argument_bytes)}   "
+        + ", ".join(f"{name} {_size(size).strip()}" for name, size in result.parts.items()),
+        f"  outputs     {_size(result.output_bytes)}   of which {_size(result.aliased_bytes).strip()} in place",
+        f"  temporary   {_size(result.temporary_bytes)}",
+        f"  peak        {_size(result.peak_bytes)}   of {_size(result.memory_bytes).strip()}: "
+        + ("fits" if result.fits else "DOES NOT FIT"),
         "",
-        *_traffic_lines(made),
+        *_traffic_lines(result),
         "",
         "operations per device",
-        f"  compiled matrix products {made.flops / 1e12:.4g} TFLOP, kernels' operands and results "
-        f"{_size(made.hbm_traffic_bytes).strip()}",
+        f"  compiled matrix products {result.flops / 1e12:.4g} TFLOP, kernels' operands and results "
+        f"{_size(result.hbm_traffic_bytes).strip()}",
     ]
-    if made.kernels:
-        calls = ", ".join(f"{count} x {name}" for name, count in made.kernels.items())
+    if result.kernels:
+        calls = ", ".join(f"{count} x {name}" for name, count in result.kernels.items())
         lines.append(f"  besides, operations not counted: {calls}")
-    if made.unknown_loops:
-        lines.append(f"  {made.unknown_loops} loops end when the data says so; each counts once")
+    if result.unknown_loops:
+        lines.append(f"  {result.unknown_loops} loops end when the data says so; each counts once")
     lines += ["", "milliseconds per step at full rates, at least"]
-    for name, seconds in made.floors.items():
-        mark = "  <- bound" if name == made.bound[0] else ""
+    for name, seconds in result.floors.items():
+        mark = "  <- bound" if name == result.bound[0] else ""
         lines.append(f"  {name:12} {seconds * 1e3:12.4f}{mark}")
     lines.append(
-        f"as scheduled: kernels {made.kernel_seconds * 1e3:.4f}, communication behind nothing "
-        f"{made.exposed_seconds * 1e3:.4f}"
+        f"as scheduled: kernels {result.kernel_seconds * 1e3:.4f}, communication behind nothing "
+        f"{result.exposed_seconds * 1e3:.4f}"
     )
     return "\n".join(lines)
 
@@ -189,15 +192,15 @@ def _size(count: float) -> str:
     return f"{count:8.0f} B  " if unit == "B" else f"{count:8.2f} {unit}"
 
 
-def _traffic_lines(made: Plan) -> list[str]:
-    if not made.traffic:
+def _traffic_lines(result: Plan) -> list[str]:
+    if not result.traffic:
         return ["no collectives"]
     lines = [
         "collectives per device and step",
         f"  {'kind':20} {'along':22} {'count':>6} {'result':>12} {'sent':>12}  {'link':8} {'schedule':22} "
         f"{'ms':>9} {'hidden':>9}",
     ]
-    for row in made.traffic:
+    for row in result.traffic:
         schedule = "synchronous"
         if row.asynchronous:
             schedule = "async, overlapped" if row.overlapped else "async, nothing behind"

@@ -124,12 +124,12 @@ class _Walk:
                 continue
             between = alone[i + 1 : ends.get(i, i + 1)]
             hidden = sum(other.kernel_seconds for other in between)
-            found = dataclasses.replace(
+            timed = dataclasses.replace(
                 collective,
                 overlapped_kernels=sum(other.traffic_bytes > 0 for other in between),
                 hidden_seconds=min(hidden, collective.seconds),
             )
-            total = total.plus(Costs(collectives=(found,)))
+            total = total.plus(Costs(collectives=(timed,)))
         return total
 
     def _communication(self, instruction: aot.hlo.Instruction) -> Collective | None:

@@ -21,7 +21,7 @@ class PlannedMesh(NamedTuple):
     Attributes:
       shape: axis -> size, the first spread widest.
       axes: what they split.
-      note: how it differs from what was asked, or "".
+      note: how it differs from what was requested, or "".
     """
 
     shape: dict[str, int]

@@ -1,4 +1,4 @@
-"""Compiles one step of a model for a mesh that is not there, and sums up what it costs."""
+"""Compiles one step of a model for a mesh that this machine does not have, and sums up what it costs."""
 
 import dataclasses
 import importlib.metadata
@@ -53,7 +53,7 @@ class Plan:
 
     Attributes:
       target, mesh, axis_type: what was compiled for, e.g. "h200", {"dp": 8, "tp": 8}, "auto".
-      notes: how the compiled program differs from what was asked.
+      notes: how the compiled program differs from what was requested.
       step, batch, length, num_layers: "training" or "decoding", of what size.
       parts: bytes of the arguments by purpose.
       argument_bytes, output_bytes, aliased_bytes, temporary_bytes: as the compiler allocates them.
@@ -145,7 +145,7 @@ def plan(
     rates: aot.Rates | None = None,
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Compiles one update of training, or one token of decoding, for GPUs that are not there.
+    """Compiles one update of training, or one token of decoding, for GPUs that this machine need not have.
 
     The layers of the repeating pattern are compiled once and scanned over, so that the time it takes does not grow
     with the depth and nothing is extrapolated; layers that do not repeat are compiled one by one.
@@ -213,8 +213,8 @@ def plan(
             compiler_options=dict(compiler_options or {}),
         )
     memory: Any = compiled.executable.memory_analysis()
-    found = costs(compiled.executable.as_text() or "", planned.shape, rates)
-    traffic = _traffic(found)
+    total = costs(compiled.executable.as_text() or "", planned.shape, rates)
+    traffic = _traffic(total)
     work = model_flops(config, batch=batch, length=length, decode=decode) / devices.size
     written = memory.output_size_in_bytes - (memory.alias_size_in_bytes if decode else 0)
     return Plan(
@@ -233,17 +233,17 @@ def plan(
         temporary_bytes=memory.temp_size_in_bytes,
         memory_bytes=rates.memory_bytes,
         traffic=traffic,
-        flops=found.flops,
-        hbm_traffic_bytes=found.traffic_bytes,
-        kernels=dict(found.kernels),
-        unknown_loops=found.unknown_loops,
+        flops=total.flops,
+        hbm_traffic_bytes=total.traffic_bytes,
+        kernels=dict(total.kernels),
+        unknown_loops=total.unknown_loops,
         floors={
             "tensor cores": work / rates.bf16_flops,
             "memory": (memory.argument_size_in_bytes + written) / rates.hbm_bytes,
             "NVLink": sum(row.seconds for row in traffic if not row.crosses_hosts),
             "network": sum(row.seconds for row in traffic if row.crosses_hosts),
         },
-        kernel_seconds=found.kernel_seconds,
+        kernel_seconds=total.kernel_seconds,
         exposed_seconds=sum(row.seconds - row.hidden_seconds for row in traffic),
         compile_seconds=compiled.seconds,
         jax_version=importlib.metadata.version("jax"),
@@ -271,9 +271,9 @@ def _bytes_per_device(tree: Any) -> int:
     return tree_bytes(jax.tree.map(shard, tree))
 
 
-def _traffic(found: Costs) -> tuple[Traffic, ...]:
+def _traffic(total: Costs) -> tuple[Traffic, ...]:
     rows: dict[tuple, Traffic] = {}
-    for each in found.collectives:
+    for each in total.collectives:
         overlapped = each.overlapped_kernels > 0
         key = (each.kind, each.axes, each.asynchronous, overlapped, each.crosses_hosts)
         before = rows.get(key, Traffic(*key, 0, 0, 0, 0.0, 0.0))

@@ -44,7 +44,7 @@ def training(
     dtype: Any,
     param_dtype: Any,
 ) -> Program:
-    """One AdamW update on `[batch, length]` tokens, whose labels are shifted already (as `to_layout` asks)."""
+    """One AdamW update on `[batch, length]` tokens, whose labels are shifted already (as `to_layout` needs)."""
     optimizer = optax.adamw(1e-4)
 
     def create() -> TrainState:

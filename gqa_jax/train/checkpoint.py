@@ -3,7 +3,7 @@
 What a run must keep is one pytree of arrays (`training.TrainState`, or any other that holds parameters, optimizer
 state, step and random keys) and the position of its data as JSON. Orbax stores the arrays sharded, asynchronously and
 atomically; added here are typed random keys, and a manifest that refuses a state that is not the saved one by name.
-The manifest also holds a checksum of every array's bits, made on the devices where the array lies and independent of
+The manifest also holds a checksum of every array's bits, computed on the devices that hold it and independent of
 how it is split; what is read is checked against it on whatever mesh it is read to.
 """
 

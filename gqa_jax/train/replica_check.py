@@ -1,4 +1,4 @@
-"""Are replicated parameters still equal on all their replicas? Found by hashing them where they lie.
+"""Are replicated parameters still equal on all their replicas? Hashes them on the devices that hold them.
 
 A parameter that is replicated over some mesh axes exists many times, and nothing but determinism keeps the copies
 equal. Each device hashes its own piece inside one jitted `shard_map`; only eight bytes per array and device travel.
@@ -41,7 +41,7 @@ def find_mismatches(tree: Any) -> tuple[Mismatch, ...]:
     """The replicas of arrays that do not have the bits of the others; all processes must call this together.
 
     Args:
-      tree: an NNX module or any pytree of arrays; arrays that lie on one device only have nothing to compare.
+      tree: an NNX module or any pytree of arrays; arrays on one device only have nothing to compare.
 
     Returns:
       one entry per deviating replica, in the order of the tree. With no majority, the first replica in mesh order

@@ -106,13 +106,13 @@ class TrainState:
         *,
         overrides: Mapping[str, jax.P] | None = None,
     ) -> "TrainState":
-        """The same, made where it will lie: a device, or a process of many, never holds more than its shards.
+        """The same, created in shards: a device, or a process of many, never holds more than its own.
 
         Args:
           build: makes the decoder, with `axes`.
           optimizer: of the state.
           mesh: concrete, with those axes; it may span processes, which then all call this.
-          overrides: end of a path -> how it lies, before the rules of `sharding.parameter_specs`.
+          overrides: end of a path -> its spec, before the rules of `sharding.parameter_specs`.
 
         Raises:
           ValueError: a decoder without `axes`, or as `sharding.parameter_spec`.

@@ -353,7 +353,7 @@ def test_folders_that_are_not_checkpoints(folders, tmp_path):
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(
-        ValueError, match="names model-00001-of-00001.safetensors, which is not there"
+        ValueError, match="names model-00001-of-00001.safetensors, which does not exist"
     ):
         checkpoint.read_hf(tmp_path, config)
     save_file({"model.other": torch.ones(2)}, tmp_path / "model-00001-of-00001.safetensors")

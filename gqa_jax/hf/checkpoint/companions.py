@@ -1,4 +1,4 @@
-"""What stands beside the weights in a Hugging Face folder and is not ours: kept, so that a copy is a usable folder."""
+"""Files and fields beside the weights of a Hugging Face folder (tokenizer ...): copied, so that a copy works."""
 
 import json
 import os
@@ -23,7 +23,7 @@ _PATTERNS = (
     "additional_chat_templates/*",
     GENERATION,
 )
-# Of the file that they stand in, or of what is left behind.
+# They describe the file itself, or parts of the model that are not copied.
 _NOT_INHERITED = ("dtype", "torch_dtype", "eos_token_id", "pad_token_id", "language_model_only")
 _NOT_INHERITED_PREFIXES = ("_", "mtp_", "image_", "video_", "vision_", "transformers_")
 

@@ -84,9 +84,9 @@ def load_hf(
         return by_rule(".".join(map(str, leaf)), shapes[leaf])
 
     arrays = placed(pairs, place)
-    if strangers := flat.keys() ^ arrays.keys():
+    if unexpected := flat.keys() ^ arrays.keys():
         raise ValueError(
-            f"Decoder and checkpoint rules disagree about {sorted(map(str, strangers))}"
+            f"Decoder and checkpoint rules disagree about {sorted(map(str, unexpected))}"
         )
     filled = {leaf: variable.replace(arrays[leaf]) for leaf, variable in flat.items()}
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
@@ -106,7 +106,7 @@ def save_hf(
     `generation_config.json`, and the fields of `config.json` that do not concern the decoder (lengths, token ids).
 
     Args:
-      decoder: its parameters are saved in their dtype, whatever their sharding, one at a time. Where they span
+      decoder: its parameters are saved in their dtype, under any sharding, one at a time. Where they span
         processes, all of them call this, and process 0 writes.
       path: the folder; created if missing.
       max_shard_bytes: start another file rather than exceed this.

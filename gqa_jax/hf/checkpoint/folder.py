@@ -21,7 +21,7 @@ class HFFolder(Mapping[str, np.ndarray]):
 
         Raises:
           ValueError: no safetensors in the folder, a file that is damaged, or an index that does not agree with its
-            files. A tensor that stands in two files is read from the one that the index names.
+            files. A tensor that is in two files is read from the one that the index names.
         """
         self.path = pathlib.Path(path)
         index = self.path / INDEX
@@ -40,12 +40,12 @@ class HFFolder(Mapping[str, np.ndarray]):
         present: set[str] = set()
         for name in sorted(set(where.values())):
             if not (self.path / name).is_file():
-                raise ValueError(f"{index} names {name}, which is not there")
+                raise ValueError(f"{index} names {name}, which does not exist")
             file = TensorFile(self.path / name)
             present |= file.tensors.keys()
             self._files |= {tensor: file for tensor in file.tensors if where.get(tensor) == name}
-        if strangers := where.keys() ^ self._files.keys() | present - where.keys():
-            raise ValueError(f"{index} and its files disagree about {listed(sorted(strangers))}")
+        if unexpected := where.keys() ^ self._files.keys() | present - where.keys():
+            raise ValueError(f"{index} and its files disagree about {listed(sorted(unexpected))}")
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._files[name].read(name)

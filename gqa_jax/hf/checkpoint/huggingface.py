@@ -61,15 +61,15 @@ def _imported(
 ) -> Iterator[tuple[Path, np.ndarray]]:
     for rule in table:
         parts = [tensors[name] for name in rule.names]
-        wanted = np.dtype(np.float32) if rule.float32 else dtype
+        target_dtype = np.dtype(np.float32) if rule.float32 else dtype
         dtypes = {part.dtype for part in parts}
-        if wanted is None and len(dtypes) > 1:
+        if target_dtype is None and len(dtypes) > 1:
             raise ValueError(
                 f"{listed(rule.names)} make one parameter and must share one dtype, or `dtype` must be given, "
                 f"got {listed(sorted(map(str, dtypes)))}"
             )
-        if wanted is not None:
-            parts = [part.astype(wanted, copy=False) for part in parts]
+        if target_dtype is not None:
+            parts = [part.astype(target_dtype, copy=False) for part in parts]
         yield from zip(rule.paths, rule.fuse(parts), strict=True)
 
 
@@ -96,9 +96,9 @@ def _check_counts(
     prefix = f"{dialect.prefix}layers."
     held = {name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)}
     if held != {str(i) for i in range(len(config.layers))}:
-        found = listed(sorted(held, key=lambda i: (len(i), i))) or "none"
+        layers = listed(sorted(held, key=lambda i: (len(i), i))) or "none"
         raise ValueError(
-            f"`config` has {len(config.layers)} layers, the checkpoint holds tensors of {len(held)}: {found}"
+            f"`config` has {len(config.layers)} layers, the checkpoint holds tensors of {len(held)}: {layers}"
         )
     if config.moe is not None and not dialect.fused_experts:
         experts = config.moe.num_experts * sum(map(config.is_moe, range(len(config.layers))))
@@ -238,10 +238,10 @@ def _write(
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     folder.mkdir(parents=True, exist_ok=True)
-    strangers = {p.name for p in folder.glob("*.safetensors")} - set(files)
-    if strangers:
+    unexpected = {p.name for p in folder.glob("*.safetensors")} - set(files)
+    if unexpected:
         raise ValueError(
-            f"`path` must not hold other safetensors files, got {listed(sorted(strangers))}"
+            f"`path` must not hold other safetensors files, got {listed(sorted(unexpected))}"
         )
     tensors = (array for _, array in export_hf(config, parameters))
     for name, specs in zip(files, shards, strict=True):

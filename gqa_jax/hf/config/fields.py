@@ -1,4 +1,4 @@
-"""The fields of a config: read with a type, known not to matter, or refused by name; and JSON files of strangers."""
+"""The fields of a config: read with a type, known not to matter, or refused by name; and untrusted JSON files."""
 
 import json
 import os
@@ -11,7 +11,7 @@ REQUIRED: Any = object()
 MAX_JSON_BYTES = 30_000_000  # indices of a trillion parameters have 15 MB
 MAX_INT = 2**31 - 1
 
-# Fields that do not change what the decoder computes. Those of other families and tools stand here when published
+# Fields that do not change what the decoder computes. Those of other families and tools are listed when published
 # configs have them.
 _INERT = frozenset(
     {
@@ -95,7 +95,7 @@ class Fields:
         self._left = dict(values)
 
     def take(self, name: str, kind: type, default: Any = REQUIRED, *, minimum: int = 1) -> Any:
-        """The field, which counts as read; null stands for the default.
+        """The field, which counts as read; null means the default.
 
         Args:
           name: of the field.

@@ -83,7 +83,7 @@ def _write(family: Family, config: DecoderConfig) -> dict[str, Any]:
     if config.pad_token is not None:
         values["pad_token_id"] = config.pad_token
     if family.qkv_bias is None or attention.head_dim * attention.num_heads != config.model_dim:
-        values["head_dim"] = attention.head_dim  # Qwen2 has no such field, but heeds it
+        values["head_dim"] = attention.head_dim  # Qwen2 has no such field, but reads it
     if family.qkv_bias is None:
         values["attention_bias"] = attention.qkv_bias
     if family.dense_blocks and config.intermediate_size is not None:
