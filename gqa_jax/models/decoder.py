@@ -1,5 +1,6 @@
 """A hybrid decoder: full-attention, sliding-attention and linear-attention layers with dense or mixture blocks."""
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from gqa_jax.layers.projection import Projection
 from gqa_jax.models.checks import check_cache, check_token_range, checked_marks, checked_tokens
 from gqa_jax.models.checks import pattern_length as pattern_length
 from gqa_jax.models.decoder_layer import DecoderLayer, Embedding
+from gqa_jax.parallel import region
 from gqa_jax.parallel import tensor as tensor_parallel
 from gqa_jax.parallel.context import ContextParallel
 from gqa_jax.parallel.sharding import MeshAxes
@@ -173,8 +175,7 @@ class Decoder(nnx.Module):
         Raises:
           TypeError, ValueError: naming the argument.
         """
-        x, _ = self._hidden(tokens, positions, segment_ids, deterministic, dropout_key, rngs)
-        return self._logits(x, self.axes)
+        return self._checked(tokens, positions, segment_ids, deterministic, dropout_key, rngs)[0]
 
     def with_router_statistics(
         self,
@@ -193,9 +194,10 @@ class Decoder(nnx.Module):
         """
         if self.config.moe is None:
             raise ValueError("`config.moe` must be given for router statistics, got None")
-        x, router = self._hidden(tokens, positions, segment_ids, deterministic, dropout_key, rngs)
+        marks = (tokens, positions, segment_ids)
+        logits, router = self._checked(*marks, deterministic, dropout_key, rngs)
         assert router is not None
-        return DecoderOutput(self._logits(x, self.axes), router)
+        return DecoderOutput(logits, router)
 
     def init_cache(
         self, batch_size: int, max_length: int, *, dtype=None, policy: Policy = "full"
@@ -302,22 +304,34 @@ class Decoder(nnx.Module):
     def _repeats(self) -> int:
         return len(self.config.layers) // self.pattern
 
-    def _hidden(
+    def _checked(
         self, tokens, positions, segment_ids, deterministic, dropout_key, rngs
     ) -> tuple[Array, RouterStatistics | None]:
-        """Output of the last layer, before the final norm, and the router's statistics."""
+        """Logits and the router's statistics, on one device or on the mesh."""
         tokens = checked_tokens(tokens)
         positions, segment_ids = checked_marks(tokens, positions, segment_ids)
         real = None if segment_ids is None else segment_ids >= 0
         if segment_ids is not None and positions is None:
             tensor_parallel.check_positions(self.context_parallel)
-            positions = positions_in_segments(segment_ids)
         check_token_range(tokens, self.config.vocab_size, real)
         attention = [layer.mixer for layer in self.layers if isinstance(layer.mixer, SelfAttention)]
         quiet = all(m.deterministic for m in attention) if deterministic is None else deterministic
         rate = self.config.attention.dropout_rate if attention and self.config.attention else 0.0
         drop = dict(deterministic=quiet, dropout_key=dropout_key, rngs=rngs)
         dropout_key = dropout.key_of_call(self.rngs, rate, **drop)
+        marks = dict(positions=positions, segment_ids=segment_ids, dropout_key=dropout_key)
+        forward = functools.partial(Decoder._forward, deterministic=deterministic)
+        if self.axes is None:
+            return forward(self, tokens, **marks)
+        return region.forward(self, forward, tokens, **marks)
+
+    def _forward(
+        self, tokens, positions, segment_ids, dropout_key, *, deterministic
+    ) -> tuple[Array, RouterStatistics | None]:
+        """Logits and the router's statistics, from arguments that are checked."""
+        real = None if segment_ids is None else segment_ids >= 0
+        if segment_ids is not None and positions is None and self.context_parallel is None:
+            positions = positions_in_segments(segment_ids)
 
         def run(layer, x, key):
             out = layer(
@@ -346,16 +360,17 @@ class Decoder(nnx.Module):
         router = None if moe is None else RouterStatistics.empty(moe.num_experts)
         x = self.embed(_replace_padding(tokens, real))
         if not self.config.scan_layers:
-            return run_pattern(self.layers, 0, x, router)
+            x, router = run_pattern(self.layers, 0, x, router)
+            return self._logits(x, self.axes), router
 
         def body(carry, repeat):
             first, layers = repeat
             return run_pattern(layers, first, *carry), qk_clip.records(layers)
 
         firsts = jnp.arange(self._repeats, dtype=jnp.int32) * self.pattern
-        out, recorded = jax.lax.scan(body, (x, router), (firsts, self.layers))
+        (x, router), recorded = jax.lax.scan(body, (x, router), (firsts, self.layers))
         qk_clip.put_records(self.layers, recorded)
-        return out
+        return self._logits(x, self.axes), router
 
     def _scan_step(self, x, cache, lengths) -> tuple[Array, DecoderCache]:
         """`step` of all layers with the stacked cache as the scan's carry, so that it is one buffer throughout."""

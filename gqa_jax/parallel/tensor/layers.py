@@ -16,7 +16,7 @@ from gqa_jax.parallel.context.row import (
     check_permutation,
     place_of_token,
 )
-from gqa_jax.parallel.sharding import names
+from gqa_jax.parallel.sharding import cast_like, names
 from gqa_jax.parallel.tensor.on_mesh import check_rows, on_mesh, spread
 from gqa_jax.train import qk_clip
 
@@ -50,7 +50,7 @@ def self_attention(
         if not split_qkv:
             raise ValueError("`split_qkv` must be True under context parallelism, got False")
         windowed = layer.config.sliding_window is not None
-        _check_row(layer, x, positions, segment_ids, whole_segments=windowed, any_gap=windowed)
+        check_row(layer, x, positions, segment_ids, whole_segments=windowed, any_gap=windowed)
     recording = qk_clip.is_recording(layer) and split_qkv
 
     def body(local, x, positions, segment_ids, mask, dropout_key):
@@ -65,12 +65,8 @@ def self_attention(
             split_qkv=split_qkv,
             recording=recording,
         )
-        spread = (*names(axes.batch), *names(axes.seq))
-        return out, lax.pmax(top, spread) if recording and spread else top
+        return out, None if top is None else _of_all_heads(top, layer)
 
-    groups, within = sharding.split_groups(
-        axes, layer.config.num_kv_heads, sharding.current_mesh(axes)
-    )
     specs = (
         axes.tokens if positions is None or positions.ndim == 2 else jax.P(None, *axes.tokens),
         axes.tokens,
@@ -78,11 +74,20 @@ def self_attention(
         jax.P(),
     )
     inputs = (positions, segment_ids, mask, dropout_key)
-    by_head = jax.P(groups or None, within or None) if recording else None
-    return on_mesh(layer, body, x, inputs, axes=axes, input_specs=specs, extra_specs=by_head)
+    return on_mesh(layer, body, x, inputs, axes=axes, input_specs=specs, extra_specs=jax.P())
 
 
-def _check_row(
+def _of_all_heads(top: Array, layer: Any) -> Array:
+    """The largest logits `[K, R]` of the whole batch on every device, from those of this one. Inside `shard_map`."""
+    axes, config = layer.axes, layer.config
+    groups, within = sharding.split_groups(axes, config.num_kv_heads, sharding.current_mesh(axes))
+    index = lambda axis: lax.axis_index(axis) if axis else jnp.int32(0)
+    start = index(groups) * top.shape[0], index(within) * top.shape[1]
+    empty = jnp.full((config.num_kv_heads, config.q_per_kv), -jnp.inf, top.dtype)
+    return lax.pmax(lax.dynamic_update_slice(cast_like(empty, top), top, start), axes.used)
+
+
+def check_row(
     layer: Any,
     x: Array,
     positions: Array | None,
@@ -255,7 +260,7 @@ def gated_deltanet(
             f"positions={'None' if positions is None else positions.shape}, context_parallel={plan}"
         )
     if plan is not None:
-        _check_row(layer, x, positions, segment_ids, whole_segments=False)
+        check_row(layer, x, positions, segment_ids, whole_segments=False)
 
     def body(local, x, positions, segment_ids):
         if not any_order:

@@ -144,6 +144,9 @@ def hide_padding(x: Array, segment_ids: Array | None, axes: MeshAxes | None) -> 
     """`masks.hide_padding` of the residual stream."""
     if segment_ids is not None and axes is not None:
         segment_ids = sharding.constrain(segment_ids, jax.P(*axes.residual[:2]))
+        if segment_ids.shape[1] != x.shape[1]:  # in a `shard_map`, `seq_residual` splits x further
+            start = lax.axis_index(names(axes.seq_residual)) * x.shape[1]
+            segment_ids = lax.dynamic_slice_in_dim(segment_ids, start, x.shape[1], axis=1)
     return masks.hide_padding(x, segment_ids)
 
 
