@@ -269,7 +269,15 @@ def _options(operator: str, given: Mapping[str, Any], declared: type) -> dict[st
     return options
 
 
-def _call(query, key, value, options, *, arrays: Any, with_lse: bool = False) -> tuning.Call:
+def _call(
+    query,
+    key: jax.Array,
+    value: jax.Array,
+    options: dict,
+    *,
+    arrays: Any,
+    with_lse: bool = False,
+) -> tuning.Call:
     return tuning.Call(
         dtype=query.dtype,
         head_dim=query.shape[-1],
@@ -282,7 +290,9 @@ def _call(query, key, value, options, *, arrays: Any, with_lse: bool = False) ->
     )
 
 
-def _attend(operator: str, query, key, value, given: AttentionOptions) -> AttentionOutput:
+def _attend(
+    operator: str, query: jax.Array, key: jax.Array, value: jax.Array, given: AttentionOptions
+) -> AttentionOutput:
     options = _options(operator, given, AttentionOptions)
     _check(query, key, value, options)
     with_lse = operator == "gqa_attention_with_lse"
@@ -293,7 +303,9 @@ def _attend(operator: str, query, key, value, given: AttentionOptions) -> Attent
     return AttentionOutput(*run(*_sharding.vary_alike((inputs, context)), static))
 
 
-def _normal_form(query, key, options) -> tuple[algebra.Options, algebra.Context]:
+def _normal_form(
+    query: jax.Array, key: jax.Array, options: dict
+) -> tuple[algebra.Options, algebra.Context]:
     """The same request with every way to place tokens reduced to positions and segments."""
     q_len, kv_len = query.shape[1], key.shape[1]
     places = {
@@ -338,7 +350,7 @@ def _normal_form(query, key, options) -> tuple[algebra.Options, algebra.Context]
     return static, context
 
 
-def _check(query, key, value, options) -> None:
+def _check(query: jax.Array, key: jax.Array, value: jax.Array, options: dict) -> None:
     """Raises for every call that no implementation may accept."""
     sizes: dict[str, int] = {}
     arrays = {"query": query, "key": key, "value": value}
@@ -359,7 +371,7 @@ def _check(query, key, value, options) -> None:
     _check_dropout(options)
 
 
-def _check_logits(options, sizes) -> None:
+def _check_logits(options: dict, sizes: dict[str, int]) -> None:
     for name in ("mask", "bias"):
         array = options[name]
         if array is None:
@@ -378,7 +390,7 @@ def _check_logits(options, sizes) -> None:
         _checks.check_float("sinks", options["sinks"])
 
 
-def _check_places(options, sizes) -> None:
+def _check_places(options: dict, sizes: dict[str, int]) -> None:
     """Positions, segments, offsets, packing, window: each alone, then which exclude each other."""
     _checks.check_one_of(
         "causal_alignment", options["causal_alignment"], ("upper_left", "bottom_right")
@@ -432,7 +444,7 @@ def _check_places(options, sizes) -> None:
             raise ValueError(f"`{one}` must not be given together with `{other}`, got both")
 
 
-def _check_dropout(options) -> None:
+def _check_dropout(options: dict) -> None:
     rate, key = options["dropout_rate"], options["dropout_key"]
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"`dropout_rate` must be in [0, 1), got {rate}")

@@ -115,7 +115,7 @@ def _backward_config(query_shape, context: algebra.Context, options: algebra.Opt
     )
 
 
-def _mosaic_gpu_forward(inputs, context, options):
+def _mosaic_gpu_forward(inputs, context: algebra.Context, options: algebra.Options):
     from pallas_kernels.attention.hopper import fwd
 
     query, key, value, _, sinks = inputs
@@ -131,7 +131,15 @@ def _mosaic_gpu_forward(inputs, context, options):
     )
 
 
-def _mosaic_gpu_backward(inputs, context, options, saved, cotangents, *, atomic=False):
+def _mosaic_gpu_backward(
+    inputs,
+    context: algebra.Context,
+    options: algebra.Options,
+    saved: tuple,
+    cotangents: tuple,
+    *,
+    atomic: bool = False,
+):
     from pallas_kernels.attention.hopper import bwd
 
     (out, lse), (d_out, d_lse) = saved, cotangents
@@ -154,7 +162,7 @@ def _mosaic_gpu_backward(inputs, context, options, saved, cotangents, *, atomic=
     return algebra.Inputs(found.query, found.key, found.value, None, found.sinks)
 
 
-def _mosaic_gpu_qkv_forward(inputs: Fused, context, options):
+def _mosaic_gpu_qkv_forward(inputs: Fused, context: algebra.Context, options: algebra.Options):
     from pallas_kernels.attention.hopper import fwd
 
     split = jax.eval_shape(Fused.split, inputs)
@@ -167,7 +175,15 @@ def _mosaic_gpu_qkv_forward(inputs: Fused, context, options):
     )
 
 
-def _mosaic_gpu_qkv_backward(inputs: Fused, context, options, saved, cotangents, *, atomic=False):
+def _mosaic_gpu_qkv_backward(
+    inputs: Fused,
+    context: algebra.Context,
+    options: algebra.Options,
+    saved: tuple,
+    cotangents: tuple,
+    *,
+    atomic: bool = False,
+):
     from pallas_kernels.attention.hopper import bwd
 
     (out, lse), (d_out, d_lse) = saved, cotangents

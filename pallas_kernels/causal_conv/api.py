@@ -155,7 +155,14 @@ _QKV_IMPLEMENTATIONS = {
 }
 
 
-def _check(x, weight, bias, activation, initial_state, segment_ids) -> None:
+def _check(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    activation,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> None:
     sizes: dict[str, int] = {}
     _checks.check_array("x", x, "B T F", sizes)
     _checks.check_array("weight", weight, "W F", sizes)
@@ -176,7 +183,13 @@ def _check(x, weight, bias, activation, initial_state, segment_ids) -> None:
 
 
 def _check_qkv(
-    mixed, weight, key_dim, value_dim, bias, initial_state, segment_ids
+    mixed: jax.Array,
+    weight: jax.Array,
+    key_dim: int,
+    value_dim: int,
+    bias: jax.Array | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
 ) -> dict[str, int]:
     sizes: dict[str, int] = {}
     _checks.check_array("mixed", mixed, "B T Hk F", sizes)

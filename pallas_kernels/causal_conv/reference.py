@@ -15,7 +15,15 @@ from pallas_kernels._precision import compute_dtype, l2_normalize
 
 
 @functools.partial(jax.jit, static_argnames="activation", inline=True)
-def causal_conv(x, weight, *, bias, activation, initial_state, segment_ids):
+def causal_conv(
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    bias: jax.Array | None,
+    activation,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+):
     """Returns `(out [B, T, F], final_state [B, W, F])`; sums in float32 (float64 for float64)."""
     made = _convolved(x, weight, bias, initial_state, segment_ids)
     out = made.total if activation is None else guarded(activation, made.total)
@@ -24,7 +32,15 @@ def causal_conv(x, weight, *, bias, activation, initial_state, segment_ids):
 
 @functools.partial(jax.jit, static_argnames=("key_dim", "value_dim", "use_qk_l2norm"), inline=True)
 def causal_conv_qkv(
-    mixed, weight, *, bias, initial_state, segment_ids, key_dim, value_dim, use_qk_l2norm
+    mixed: jax.Array,
+    weight: jax.Array,
+    *,
+    bias: jax.Array | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    key_dim: int,
+    value_dim: int,
+    use_qk_l2norm: bool,
 ):
     """`(query, key, value, final_state)`; arguments as for the operator. Rounded once, after the norm."""
     batch, length = mixed.shape[:2]
@@ -47,12 +63,12 @@ def causal_conv_qkv(
 
 
 @jax.custom_jvp
-def _tap(window, weight):
+def _tap(window, weight: jax.Array):
     return window * weight
 
 
 @_tap.defjvp
-def _tap_jvp(primals, tangents):
+def _tap_jvp(primals: tuple, tangents: tuple):
     """An input that is not finite makes NaN of the outputs that see it, but of no weight's gradient by itself."""
     (window, weight), (d_window, d_weight) = primals, tangents
     return _tap(window, weight), d_window * weight + finite_part(window) * d_weight
@@ -71,12 +87,18 @@ class _Convolved(NamedTuple):
     real: jax.Array | None
     final_state: jax.Array
 
-    def masked(self, out):
+    def masked(self, out: jax.Array):
         """`out [B, T, F]`, 0 at padding."""
         return out if self.real is None else jnp.where(self.real[..., None], out, 0.0)
 
 
-def _convolved(x, weight, bias, initial_state, segment_ids) -> _Convolved:
+def _convolved(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> _Convolved:
     batch, length, features = x.shape
     width = weight.shape[0]
     compute = compute_dtype(x.dtype)
@@ -106,7 +128,12 @@ def _convolved(x, weight, bias, initial_state, segment_ids) -> _Convolved:
     return _Convolved(total, rows.real, final)
 
 
-def final_state(mixed, weight, initial_state, segment_ids):
+def final_state(
+    mixed: jax.Array,
+    weight: jax.Array,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+):
     """The final state of `causal_conv_qkv` alone: W rows gathered, the rest of `mixed` not touched."""
     batch, length = mixed.shape[:2]
     width, _, channels = weight.shape
@@ -132,7 +159,7 @@ def final_state(mixed, weight, initial_state, segment_ids):
     return jnp.where((own == own[:, -1:])[..., None, None], window, 0)
 
 
-def taps(segment_ids, width, *, has_state: bool, size: int):
+def taps(segment_ids, width: int, *, has_state: bool, size: int):
     """`(taps, first)`: what each token sees, for a kernel.
 
     Args:
@@ -157,7 +184,7 @@ def taps(segment_ids, width, *, has_state: bool, size: int):
     return jnp.pad(seen, ((0, 0), (0, size - length))), rows.first
 
 
-def first_real(segment_ids):
+def first_real(segment_ids: jax.Array | None):
     """`[B]`, each row's first real token; 0 in a row of padding."""
     return _Rows.of(segment_ids, 1).first
 
@@ -178,7 +205,7 @@ class _Rows(NamedTuple):
     ids: jax.Array
 
     @classmethod
-    def of(cls, segment_ids, width) -> "_Rows":
+    def of(cls, segment_ids, width: int) -> "_Rows":
         real = segment_ids >= 0
         length = segment_ids.shape[1]
         place = jnp.arange(length, dtype=jnp.int32)[None]
@@ -198,7 +225,7 @@ def _place(history, before, first):
     return jax.lax.dynamic_update_slice_in_dim(history, before, first, axis=0)
 
 
-def _last_window(history, ids, end, width):
+def _last_window(history, ids, end, width: int):
     """The W inputs up to the last real token; those of other segments and of padding are 0."""
     window = jax.lax.dynamic_slice_in_dim(history, end, width, axis=0)
     own = jax.lax.dynamic_slice_in_dim(ids, end, width, axis=0)

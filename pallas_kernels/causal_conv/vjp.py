@@ -51,12 +51,12 @@ def _kernel(options: Options, operands: Operands):
     )
 
 
-def _forward(options, operands):
+def _forward(options: Options, operands: Operands):
     # The wrapped function itself, not its body: a second derivative comes back to `_backward`.
     return _kernel(options, operands), operands
 
 
-def _backward(options, operands, cotangents):
+def _backward(options: Options, operands: Operands, cotangents: tuple):
     return (_gradient(options, operands, cotangents),)
 
 
@@ -64,7 +64,7 @@ _kernel.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradient(options: Options, operands: Operands, cotangents) -> Any:
+def _gradient(options: Options, operands: Operands, cotangents: tuple) -> Any:
     launch = _over_rows(functools.partial(_launch_backward, options))
     d_mixed, d_weight, d_bias = launch(_filters(operands), (_of_rows(operands), cotangents))
     spare = operands.mixed.shape[-1] - d_mixed.shape[-1]
@@ -79,11 +79,11 @@ def _gradient(options: Options, operands: Operands, cotangents) -> Any:
     )
 
 
-def _gradient_forward(options, operands, cotangents):
+def _gradient_forward(options: Options, operands: Operands, cotangents: tuple):
     return _gradient(options, operands, cotangents), (operands, cotangents)
 
 
-def _gradient_backward(options, residuals, cotangents_of_gradient):
+def _gradient_backward(options: Options, residuals: tuple, cotangents_of_gradient: tuple):
     """A second derivative recomputes in XLA."""
     operands, cotangents = residuals
     segment_ids = operands.segment_ids
@@ -101,7 +101,7 @@ def _gradient_backward(options, residuals, cotangents_of_gradient):
 _gradient.defvjp(_gradient_forward, _gradient_backward)
 
 
-def _d_initial_state(options: Options, operands: Operands, cotangents):
+def _d_initial_state(options: Options, operands: Operands, cotangents: tuple):
     """The initial state's gradient, in XLA: only the W - 1 tokens from the first real one on see it."""
     mixed, weight, bias, initial_state, segment_ids = operands
     if initial_state is None:

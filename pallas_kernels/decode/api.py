@@ -92,7 +92,15 @@ _IMPLEMENTATIONS = {
 }
 
 
-def _check(query, key_cache, value_cache, lengths, key_scale, value_scale, sinks) -> None:
+def _check(
+    query: jax.Array,
+    key_cache,
+    value_cache,
+    lengths: jax.Array | None,
+    key_scale: jax.Array | None,
+    value_scale: jax.Array | None,
+    sinks: jax.Array | None,
+) -> None:
     """Raises for every call that no implementation may accept."""
     sizes: dict[str, int] = {}
     _checks.check_array("query", query, "B T N D", sizes)

@@ -57,7 +57,7 @@ def decode_attention(operands: algebra.Operands, options: algebra.Options):
     return out.transpose(0, 2, 1, 3, 4).reshape(batch, num_new, num_heads, -1)
 
 
-def _pair(options: algebra.Options, of_pair, seen, sinks, is_clean=True):
+def _pair(options: algebra.Options, of_pair, seen, sinks: jax.Array | None, is_clean=True):
     """`[T * R, Dv]` of one row and kv head.
 
     Args:

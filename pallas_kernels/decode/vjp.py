@@ -14,6 +14,6 @@ def decode_attention(operands: algebra.Operands, options: algebra.Options):
 
 
 @decode_attention.defjvp
-def _derivative(options, primals, tangents):
+def _derivative(options, primals: tuple, tangents: tuple):
     exact = functools.partial(reference.decode_attention, options=options)
     return decode_attention(*primals, options), jax.jvp(exact, primals, tangents)[1]

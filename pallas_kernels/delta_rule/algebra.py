@@ -22,7 +22,7 @@ def matmul(spec: str, *operands):
     return jnp.einsum(spec, *operands, precision=jax.lax.Precision.HIGHEST)
 
 
-def for_values(x, value_heads):
+def for_values(x: jax.Array, value_heads):
     """A key head's `[z, h, ...]` once for each of its n value heads, `[z, h, n, ...]`.
 
     Products whose operands have all batch axes in common need no transposes around them, which cost more than copies.
@@ -50,7 +50,7 @@ def _two_sum(a, b):
     return total, (a - (total - from_b)) + (b - from_b)
 
 
-def two_float_add(high, low, other_high, other_low):
+def two_float_add(high: jax.Array, low: jax.Array, other_high, other_low):
     """The sum of two unevaluated sums of two floats, as one."""
     total, error = _two_sum(high, other_high)
     error = error + low + other_low
@@ -58,7 +58,7 @@ def two_float_add(high, low, other_high, other_low):
     return high, error - (high - total)
 
 
-def two_float_cumsum(x):
+def two_float_cumsum(x: jax.Array):
     """Cumulative sum over the last axis as `(high, low)`, an unevaluated sum of two floats.
 
     A decay between two tokens is a difference of cumulative sums; after one step of -60 a plain float32 sum has
@@ -91,7 +91,7 @@ class Gates(NamedTuple):
     whole: jax.Array
 
 
-def gates(g, segment=None) -> Gates:
+def gates(g: jax.Array, segment: jax.Array | None = None) -> Gates:
     """Decays of one chunk.
 
     Args:
@@ -116,13 +116,13 @@ def gates(g, segment=None) -> Gates:
     return Gates(between, since_start, until_end, whole)
 
 
-def strictly_lower(x):
+def strictly_lower(x: jax.Array):
     """`x` below its diagonal, zero elsewhere."""
     mask = jnp.asarray(np.tril(np.ones(x.shape[-2:], bool), -1))
     return jnp.where(mask.reshape((1,) * (x.ndim - 2) + mask.shape), x, 0.0)
 
 
-def unit_lower_inverse(lower):
+def unit_lower_inverse(lower: jax.Array):
     """`(I + lower)^-1` of strictly lower triangular `[..., C, C]`, C a power of two.
 
     Diagonal blocks of 16 by substitution, then merges `[[A, 0], [B, D]]^-1 = [[A', 0], [-D' B A', D']]`. A Neumann
@@ -144,7 +144,7 @@ def unit_lower_inverse(lower):
     return inverse[..., 0, :, :]
 
 
-def _blocks(matrix, width, *, below):
+def _blocks(matrix: jax.Array, width: int, *, below):
     """Blocks of `width` on the diagonal (`below=0`), or those under every even one (`below=1`): `[..., m, w, w]`."""
     columns = range(0, matrix.shape[-1], width * (1 + below))
     return jnp.stack(
@@ -153,7 +153,7 @@ def _blocks(matrix, width, *, below):
     )
 
 
-def _substitute(lower):
+def _substitute(lower: jax.Array):
     """Row i of the inverse is `e_i - sum_{j < i} lower[i, j] row_j`; a loop, which compiles sooner than 15 copies."""
     size = lower.shape[-1]
     identity = jnp.eye(size, dtype=lower.dtype).reshape((1,) * (lower.ndim - 2) + (size, size))
@@ -168,26 +168,26 @@ def _substitute(lower):
     return jax.lax.fori_loop(1, size, row, jnp.zeros_like(lower) + identity)
 
 
-def prefix_before(x):
+def prefix_before(x: jax.Array):
     """`y[t] = sum_{j < t} x[j]` over the last axis."""
     mask = np.triu(np.ones((x.shape[-1],) * 2), 1)
     return matmul("...j,jt->...t", x, jnp.asarray(mask, x.dtype))
 
 
-def suffix_from(x):
+def suffix_from(x: jax.Array):
     """`y[t] = sum_{i >= t} x[i]` over the last axis."""
     mask = np.tril(np.ones((x.shape[-1],) * 2))
     return matmul("...i,it->...t", x, jnp.asarray(mask, x.dtype))
 
 
-def corner_sum(x):
+def corner_sum(x: jax.Array):
     """`y[t] = sum_{i >= t > j} x[i, j]`: the gradient of a decay that acts between j and i, without cancellation."""
     columns = prefix_before(x)  # [..., i, t]
     mask = jnp.asarray(np.tril(np.ones(x.shape[-2:], bool)))
     return jnp.sum(jnp.where(mask.reshape((1,) * (x.ndim - 2) + mask.shape), columns, 0.0), axis=-2)
 
 
-def folded_key(key, decay: Gates, inverse):
+def folded_key(key: jax.Array, decay: Gates, inverse: jax.Array):
     """X = T^T (until_end K), `[z, h, n, C, Dk]`: where a token's write R lands in the state at the chunk's end.
 
     With keys that agree and a large beta, T K cancels here exactly; summing K^T (T R) would cancel in every chunk's
@@ -196,7 +196,7 @@ def folded_key(key, decay: Gates, inverse):
     return matmul("zhnij,zhnik->zhnjk", inverse, decay.until_end[..., None] * key[:, :, None])
 
 
-def chunk_inverse(overlap, beta, decay: Gates):
+def chunk_inverse(overlap, beta: jax.Array, decay: Gates):
     """T = (I + strictly_lower(beta Gamma K K^T))^-1, `[z, h, n, C, C]`, from the overlap K K^T `[z, h, C, C]`."""
     return unit_lower_inverse(strictly_lower(beta[..., None] * decay.between * overlap[:, :, None]))
 
@@ -215,7 +215,15 @@ class Terms(NamedTuple):
     inverse: jax.Array
 
 
-def chunk_terms(query, key, beta, decay: Gates, scale, *, inverse=None) -> Terms:
+def chunk_terms(
+    query,
+    key: jax.Array,
+    beta: jax.Array,
+    decay: Gates,
+    scale: float,
+    *,
+    inverse: jax.Array | None = None,
+) -> Terms:
     """Terms of a chunk; `query=None` where only the state is wanted, `inverse=None` where T is not known yet.
 
     Keys and queries, and what multiplies T, lie in one operand each: two large products cost less than four.
@@ -232,7 +240,9 @@ def chunk_terms(query, key, beta, decay: Gates, scale, *, inverse=None) -> Terms
     return Terms(readers, matmul("zhnij,zhnjl->zhnil", landing, inverse), inverse)
 
 
-def advance(state, terms: Terms, value, beta, decay: Gates, scale):
+def advance(
+    state: jax.Array, terms: Terms, value: jax.Array, beta: jax.Array, decay: Gates, scale: float
+):
     """`(state, out)` of one chunk, out `[z, h, n, C, Dv]` or None. Beta multiplies in float32 outside of T.
 
     The chain: two dependent products, all that the next chunk waits for.
@@ -275,7 +285,14 @@ class Echo(NamedTuple):
     state: jax.Array
 
 
-def chunk_echo(d_out, query, key, decay: Gates, inverse, scale) -> Echo:
+def chunk_echo(
+    d_out: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    decay: Gates,
+    inverse: jax.Array,
+    scale: float,
+) -> Echo:
     """The cotangents that outputs send back inside their own chunk."""
     scores = scale * decay.between * matmul("zhik,zhjk->zhij", query, key)[:, :, None]
     folded = matmul("zhnij,zhnjl->zhnil", scores, inverse)
@@ -288,7 +305,7 @@ def chunk_echo(d_out, query, key, decay: Gates, inverse, scale) -> Echo:
     )
 
 
-def retreat(d_state, echo: Echo, key, beta, decay: Gates):
+def retreat(d_state: jax.Array, echo: Echo, key: jax.Array, beta: jax.Array, decay: Gates):
     """`(d_state before the chunk, d_write)`; d_write belongs to R = beta E. The chain of the backward."""
     d_write = matmul("zhnck,zhnkv->zhncv", echo.landing, d_state) + echo.write
     forgotten = (decay.since_start * beta)[..., None] * d_write
@@ -298,18 +315,18 @@ def retreat(d_state, echo: Echo, key, beta, decay: Gates):
 
 
 def chunk_gradients(
-    d_out,
-    d_state,
-    d_write,
+    d_out: jax.Array,
+    d_state: jax.Array,
+    d_write: jax.Array,
     echo: Echo,
-    state,
-    query,
-    key,
-    value,
-    beta,
+    state: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    beta: jax.Array,
     decay: Gates,
-    inverse,
-    scale,
+    inverse: jax.Array,
+    scale: float,
 ) -> ChunkGradients:
     """Gradients of one chunk's inputs from its initial state, and the cotangents of its outputs, end and writes."""
     since, until = decay.since_start[..., None], decay.until_end[..., None]
@@ -359,7 +376,7 @@ class Token(NamedTuple):
     beta: jax.Array
 
 
-def write_and_read(state, token: Token, *, scale, use_qk_l2norm, spread):
+def write_and_read(state: jax.Array, token: Token, *, scale: float, use_qk_l2norm: bool, spread):
     """One token on `[Dk, columns]` of a state: `(state after it, output [columns])`.
 
     Every sum over Dk is one over the rows of a `[Dk, columns]` tile, lengths of query and key included (equal in all

@@ -217,19 +217,25 @@ _STEPS = {
 }
 
 
-def _by_reference(call: tuning.Call, tokens: order.Tokens, state, **places) -> GatedDeltaRuleOutput:
+def _by_reference(
+    call: tuning.Call, tokens: order.Tokens, state: jax.Array, **places
+) -> GatedDeltaRuleOutput:
     out, final, _ = reference.recurrent(
         *tokens, initial_state=state, scale=call.scale, use_qk_l2norm=call.use_qk_l2norm, **places
     )
     return GatedDeltaRuleOutput(out, final)
 
 
-def _by_chunks(call: tuning.Call, tokens: order.Tokens, state, **places) -> GatedDeltaRuleOutput:
+def _by_chunks(
+    call: tuning.Call, tokens: order.Tokens, state: jax.Array, **places
+) -> GatedDeltaRuleOutput:
     outputs = vjp.gated_delta_rule(_plan(call, places["cu_seqlens"]), tokens, state, **places)
     return _spoiled(outputs, tokens, state, **places)
 
 
-def _by_kernels(call: tuning.Call, tokens: order.Tokens, state, **places) -> GatedDeltaRuleOutput:
+def _by_kernels(
+    call: tuning.Call, tokens: order.Tokens, state: jax.Array, **places
+) -> GatedDeltaRuleOutput:
     plan = _plan(call, places["cu_seqlens"], kernels=True)
     bounded = tokens._replace(g=order.bounded(tokens.g))
     finite = order.Tokens(*map(finite_part, bounded))
@@ -237,7 +243,7 @@ def _by_kernels(call: tuning.Call, tokens: order.Tokens, state, **places) -> Gat
     return _spoiled(outputs, tokens, state, **places)
 
 
-def _spoiled(outputs, tokens: order.Tokens, state, **places) -> GatedDeltaRuleOutput:
+def _spoiled(outputs, tokens: order.Tokens, state: jax.Array, **places) -> GatedDeltaRuleOutput:
     """NaN wherever something that is not finite was read."""
     boundaries = reference.boundaries(tokens.value.shape[:2], **places)
     bounded = tokens._replace(g=order.bounded(tokens.g))
@@ -256,7 +262,7 @@ _IMPLEMENTATIONS = {
 _OF_FEW_TOKENS = {**_REFERENCE, **_IMPLEMENTATIONS}
 
 
-def _plan(call: tuning.Call, cu_seqlens, *, kernels: bool = False) -> order.Plan:
+def _plan(call: tuning.Call, cu_seqlens: jax.Array | None, *, kernels: bool = False) -> order.Plan:
     sizes, platform = call.sizes, _dispatch.target().platform
     sequences = None if cu_seqlens is None else sizes["sequences"]
     chunk = call.chunk_size or tuning.chunk_size(sizes["T"], sequences)
@@ -284,7 +290,9 @@ def _plan(call: tuning.Call, cu_seqlens, *, kernels: bool = False) -> order.Plan
     )
 
 
-def _check_operands(query, key, value, g, beta) -> dict[str, int]:
+def _check_operands(
+    query: jax.Array, key: jax.Array, value: jax.Array, g: jax.Array, beta: jax.Array
+) -> dict[str, int]:
     sizes: dict[str, int] = {}
     _checks.check_array("query", query, "B T Hk Dk", sizes)
     _checks.check_array("key", key, "B T Hk Dk", sizes)
@@ -299,7 +307,15 @@ def _check_operands(query, key, value, g, beta) -> dict[str, int]:
 
 
 def _check(
-    query, key, value, g, beta, initial_state, segment_ids, cu_seqlens, chunk_size
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    cu_seqlens: jax.Array | None,
+    chunk_size,
 ) -> dict[str, int]:
     """Sizes by letter, and `sequences`: how many states there are."""
     sizes = _check_operands(query, key, value, g, beta)
@@ -320,7 +336,9 @@ def _check(
     return {**sizes, "sequences": sizes[letter]}
 
 
-def _check_cu_seqlens(cu_seqlens, segment_ids, sizes) -> None:
+def _check_cu_seqlens(
+    cu_seqlens: jax.Array | None, segment_ids: jax.Array | None, sizes: dict[str, int]
+) -> None:
     bounds: dict[str, int] = {}
     _checks.check_array("cu_seqlens", cu_seqlens, "num_sequences+1", bounds)
     _checks.check_integer("cu_seqlens", cu_seqlens)
@@ -334,7 +352,15 @@ def _check_cu_seqlens(cu_seqlens, segment_ids, sizes) -> None:
     _checks.check_offsets("cu_seqlens", cu_seqlens, "T", sizes)
 
 
-def _check_step(query, key, value, g, beta, state, slots) -> dict[str, int]:
+def _check_step(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    state: jax.Array,
+    slots: jax.Array | None,
+) -> dict[str, int]:
     sizes = _check_operands(query, key, value, g, beta)
     if not 1 <= sizes["T"] <= step_tuning.MAX_STEP_TOKENS:
         raise ValueError(

@@ -13,7 +13,7 @@ from pallas_kernels.delta_rule import order as orders
 from pallas_kernels.delta_rule.order import Order, Plan, Tokens
 
 
-def forward(plan: Plan, order: Order, tokens: Tokens, initial_state):
+def forward(plan: Plan, order: Order, tokens: Tokens, initial_state: jax.Array):
     """Returns `(out, final_state)`."""
     states = orders.start_states(plan, order, tokens, initial_state)
 
@@ -30,7 +30,14 @@ def forward(plan: Plan, order: Order, tokens: Tokens, initial_state):
     return orders.from_chunks(plan, order, out), final.reshape(initial_state.shape)
 
 
-def backward(plan: Plan, order: Order, tokens: Tokens, initial_state, d_out, d_final):
+def backward(
+    plan: Plan,
+    order: Order,
+    tokens: Tokens,
+    initial_state: jax.Array,
+    d_out: jax.Array,
+    d_final: jax.Array,
+):
     """Returns `(Tokens of cotangents, cotangent of initial_state)`, each in its primal's dtype."""
     states = orders.start_states(plan, order, tokens, initial_state)
     xs = (orders.all_chunks(plan, order, tokens), orders.places(order))
@@ -62,11 +69,20 @@ def backward(plan: Plan, order: Order, tokens: Tokens, initial_state, d_out, d_f
     return d_tokens, d_initial.reshape(initial_state.shape)
 
 
-def _chunk(plan, place, state, *raw):
+def _chunk(plan: Plan, place, state: jax.Array, *raw):
     return channel_chunk(state, *orders.load(plan, place, *raw), place.segment, plan.scale)
 
 
-def channel_chunk(state, query, key, value, g, beta, segment, scale):
+def channel_chunk(
+    state: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    segment: jax.Array | None,
+    scale: float,
+):
     """One chunk with a decay per key channel, g `[z, h, C, Dk]`: `(state after it, output [z, h, n, C, Dv])`."""
     sums = algebra.two_float_cumsum(jnp.swapaxes(g, -1, -2))
     high, low = (jnp.swapaxes(x, -1, -2) for x in sums)
@@ -92,7 +108,7 @@ def channel_chunk(state, query, key, value, g, beta, segment, scale):
     return after + algebra.matmul("zhck,zhncv->zhnkv", until * key, update), scale * out
 
 
-def _channel_scores(left, right, high, low):
+def _channel_scores(left: jax.Array, right: jax.Array, high: jax.Array, low: jax.Array):
     """`sum_d left[i, d] right[j, d] e^(G_id - G_jd)` for i >= j, `[z, h, C, C]`; anything above the diagonal.
 
     By blocks of 16, so that no exponent is positive: rows against earlier blocks split the decay at the block's start;

@@ -32,7 +32,7 @@ class Saved(NamedTuple):
     transition: jax.Array | None
 
 
-def forward(plan: Plan, order: Order, tokens: Tokens, initial_state, *, keep: bool):
+def forward(plan: Plan, order: Order, tokens: Tokens, initial_state: jax.Array, *, keep: bool):
     """Returns `(out, final_state, Saved or None)`."""
     chunks = orders.all_chunks(plan, order, tokens)
     states = orders.start_states(plan, order, tokens, initial_state)
@@ -48,7 +48,15 @@ def forward(plan: Plan, order: Order, tokens: Tokens, initial_state, *, keep: bo
     return orders.from_chunks(plan, order, out), final.reshape(initial_state.shape), saved
 
 
-def backward(plan: Plan, order: Order, tokens: Tokens, initial_state, saved: Saved, d_out, d_final):
+def backward(
+    plan: Plan,
+    order: Order,
+    tokens: Tokens,
+    initial_state: jax.Array,
+    saved: Saved,
+    d_out: jax.Array,
+    d_final: jax.Array,
+):
     """Returns `(Tokens of cotangents, cotangent of initial_state)`, each in its primal's dtype."""
     chunks = orders.all_chunks(plan, order, tokens)
     states = orders.start_states(plan, order, tokens, initial_state)
@@ -75,7 +83,16 @@ def backward(plan: Plan, order: Order, tokens: Tokens, initial_state, saved: Sav
 
 
 def _walk(
-    plan, order, chunks, inverse, bank, carry, *, collect, keep=False, widen=lambda value: value
+    plan: Plan,
+    order: Order,
+    chunks,
+    inverse,
+    bank,
+    carry,
+    *,
+    collect,
+    keep: bool = False,
+    widen=lambda value: value,
 ):
     """Carries `(state, finals)` through all chunks.
 
@@ -111,7 +128,7 @@ def _walk(
     return _over_blocks(plan, block, carry, (chunks, orders.places(order), inverse))
 
 
-def _backward_block(plan, bank, carry, xs, *, gradients):
+def _backward_block(plan: Plan, bank, carry, xs, *, gradients):
     """One block of the reverse walk: `(d_state, d_bank)` through its chunks, then the gradients of all of them."""
     raw, places, inverse, d_out, states = xs
     tokens, pull = jax.vjp(
@@ -163,7 +180,7 @@ def _backward_block(plan, bank, carry, xs, *, gradients):
     return carry, pull(Tokens(*grads))
 
 
-def _lane_maps(plan, order, chunks, states):
+def _lane_maps(plan: Plan, order: Order, chunks, states):
     """`(M, E, T)` of every lane: the chain run on the columns `[E | M]` from `[0 | I]`, where M sees no values."""
     *lead, key_dim, value_dim = states.shape[1:]
     lanes = plan.batch * plan.lanes
@@ -181,7 +198,7 @@ def _lane_maps(plan, order, chunks, states):
     return state[..., value_dim:], state[..., :value_dim], inverse
 
 
-def _over_blocks(plan: Plan, step, carry, tree, *, reverse=False):
+def _over_blocks(plan: Plan, step, carry, tree, *, reverse: bool = False):
     """`scan` of `step(carry, block)` over the chunks in `tree`, `[N, a, ...]`; `step` sees `[block, a, ...]`.
 
     Around the loop block and a are one axis: for one of length 1 XLA would copy each operand to another layout.

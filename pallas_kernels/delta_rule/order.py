@@ -62,7 +62,7 @@ class Tokens(NamedTuple):
     beta: jax.Array
 
 
-def bounded(g):
+def bounded(g: jax.Array):
     """`g`, at least -1000: e^-1000 is 0 in every dtype, as e^-inf, but a sum of a chunk's keeps its other digits."""
     return jnp.maximum(g, jnp.asarray(-1000, g.dtype))
 
@@ -81,7 +81,7 @@ class Spoiled(NamedTuple):
     state: jax.Array
 
 
-def spoiled_tokens(tokens: Tokens, initial_state, real) -> Spoiled:
+def spoiled_tokens(tokens: Tokens, initial_state: jax.Array, real) -> Spoiled:
     """Where a call is not finite.
 
     Chunks are full products, in which even a zero for "later" or "of another segment" would make NaN of a NaN: so they
@@ -99,7 +99,7 @@ def spoiled_tokens(tokens: Tokens, initial_state, real) -> Spoiled:
 
 
 @jax.custom_jvp
-def spoiled_outputs(outputs, tokens: Tokens, initial_state, boundaries, cu_seqlens):
+def spoiled_outputs(outputs, tokens: Tokens, initial_state: jax.Array, boundaries, cu_seqlens):
     """`(out, final_state)` with NaN in every column that something not finite reached; derivatives are as without.
 
     Args:
@@ -144,7 +144,7 @@ def spoiled_outputs(outputs, tokens: Tokens, initial_state, boundaries, cu_seqle
 
 
 @spoiled_outputs.defjvp
-def _spoiled_outputs_jvp(primals, tangents):
+def _spoiled_outputs_jvp(primals: tuple, tangents: tuple):
     return spoiled_outputs(*primals), tangents[0]
 
 
@@ -155,7 +155,7 @@ def chunk_count(length: int, num_sequences: int | None, chunk: int) -> int:
     return min(length, (length + num_sequences * (chunk - 1)) // chunk)
 
 
-def dense_order(plan: Plan, segment_ids) -> Order:
+def dense_order(plan: Plan, segment_ids: jax.Array | None) -> Order:
     """Order of rows that are cut in place."""
     if segment_ids is None:
         return Order()
@@ -199,7 +199,7 @@ def packed_order(plan: Plan, cu_seqlens) -> Order:
     )
 
 
-def to_rows(plan: Plan, order: Order, x):
+def to_rows(plan: Plan, order: Order, x: jax.Array):
     """`[B, T, ...]` to `[z, N C, ...]`, zeros where there is no token."""
     places = plan.lanes * plan.steps * plan.chunk
     if order.source is None:
@@ -209,7 +209,7 @@ def to_rows(plan: Plan, order: Order, x):
     return x.reshape(plan.batch * plan.lanes, plan.steps * plan.chunk, *x.shape[2:])
 
 
-def real_rows(plan: Plan, order: Order, x):
+def real_rows(plan: Plan, order: Order, x: jax.Array):
     """As `to_rows`, with zeros on padding whatever it held."""
     x = to_rows(plan, order, x)
     if order.real is None:
@@ -218,7 +218,7 @@ def real_rows(plan: Plan, order: Order, x):
     return jnp.where(real.reshape(real.shape + (1,) * (x.ndim - 2)), x, jnp.zeros_like(x))
 
 
-def from_rows(plan: Plan, order: Order, x):
+def from_rows(plan: Plan, order: Order, x: jax.Array):
     """`[z, N C, ...]` back to `[B, T, ...]`."""
     x = x.reshape(plan.batch, -1, *x.shape[2:])
     if order.target is None:
@@ -226,7 +226,7 @@ def from_rows(plan: Plan, order: Order, x):
     return jnp.take(x, order.target, axis=1, mode="fill", fill_value=0)
 
 
-def to_chunks(plan: Plan, order: Order, x):
+def to_chunks(plan: Plan, order: Order, x: jax.Array):
     """`[B, T, ...]` to `[N, z C, ...]`, zeros where there is no token.
 
     One axis for z and C: with z = 1 as an axis of its own, XLA would copy each operand of a scan for its layout.
@@ -236,18 +236,18 @@ def to_chunks(plan: Plan, order: Order, x):
     return jnp.swapaxes(x, 0, 1).reshape(plan.steps, -1, *x.shape[3:])
 
 
-def from_chunks(plan: Plan, order: Order, x):
+def from_chunks(plan: Plan, order: Order, x: jax.Array):
     """`[N, z C, ...]` back to `[B, T, ...]`."""
     x = jnp.swapaxes(in_lanes(plan, x, axis=1), 0, 1)
     return from_rows(plan, order, x.reshape(x.shape[0], -1, *x.shape[3:]))
 
 
-def in_lanes(plan: Plan, x, *, axis: int = 0):
+def in_lanes(plan: Plan, x: jax.Array, *, axis: int = 0):
     """`[..., z C, ...]` to `[..., z, C, ...]`."""
     return x.reshape(*x.shape[:axis], -1, plan.chunk, *x.shape[axis + 1 :])
 
 
-def through_lanes(plan: Plan, entry, transition, extra, *, reverse=False):
+def through_lanes(plan: Plan, entry, transition, extra, *, reverse: bool = False):
     """What every lane starts from: `entry` carried through the affine maps of the lanes before (after) it."""
     split = lambda x: jnp.moveaxis(x.reshape(plan.batch, plan.lanes, *x.shape[1:]), 1, 0)
 
@@ -267,7 +267,7 @@ class States(NamedTuple):
     bank: jax.Array | None
 
 
-def start_states(plan: Plan, order: Order, tokens: Tokens, initial_state) -> States:
+def start_states(plan: Plan, order: Order, tokens: Tokens, initial_state: jax.Array) -> States:
     """`[.., Hv, Dk, Dv]` by groups: `[.., h, n, Dk, Dv]`."""
     heads, group = tokens.key.shape[2], tokens.value.shape[2] // tokens.key.shape[2]
     states = finite_part(initial_state).reshape(-1, heads, group, *initial_state.shape[-2:])
@@ -283,7 +283,15 @@ def places(order: Order) -> Order:
     return order._replace(source=None, target=None)
 
 
-def load(plan: Plan, place: Order, query, key, value, g, beta) -> Tokens:
+def load(
+    plan: Plan,
+    place: Order,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+) -> Tokens:
     """One chunk's operands, each `[z C, ...]`, wide, heads first and by groups; 0 on padding and where not finite."""
     compute = compute_dtype(value.dtype)
     heads = key.shape[1]
@@ -304,23 +312,23 @@ def load(plan: Plan, place: Order, query, key, value, g, beta) -> Tokens:
     return jax.lax.optimization_barrier(loaded) if plan.per_channel else loaded
 
 
-def load_output(plan: Plan, x, heads, dtype):
+def load_output(plan: Plan, x: jax.Array, heads, dtype):
     """One chunk of what has the output's shape, `[z C, Hv, Dv]`, to `[z, h, n, C, Dv]`."""
     return by_group(jnp.moveaxis(in_lanes(plan, x), 1, 2).astype(dtype), heads)
 
 
-def by_group(x, heads):
+def by_group(x: jax.Array, heads):
     """`[z, Hv, C, ...]` to `[z, h, n, C, ...]`."""
     return x.reshape(x.shape[0], heads, x.shape[1] // heads, *x.shape[2:])
 
 
-def join_groups(x):
+def join_groups(x: jax.Array):
     """`[z, h, n, C, Dv]` to `[z C, Hv, Dv]`."""
     x = jnp.moveaxis(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, 2)
     return x.reshape(-1, *x.shape[2:])
 
 
-def enter(state, place: Order, bank, *, at: str = "first"):
+def enter(state: jax.Array, place: Order, bank, *, at: str = "first"):
     """Lanes whose chunk is the first (in the backward: the last) of a sequence take that sequence's own state."""
     if bank is None:
         return state
@@ -328,21 +336,21 @@ def enter(state, place: Order, bank, *, at: str = "first"):
     return jnp.where(here[:, None, None, None, None], bank[place.sequence], state)
 
 
-def cut(d_state, place: Order):
+def cut(d_state: jax.Array, place: Order):
     """Nothing flows from a packed sequence to the one before it."""
     if place.first is None:
         return d_state
     return jnp.where(place.first[:, None, None, None, None], 0.0, d_state)
 
 
-def put(bank, here, place: Order, state):
+def put(bank: jax.Array, here, place: Order, state: jax.Array):
     """Files the states of lanes that are `here` under their sequences."""
     if bank is None or place.sequence is None:
         return None
     return bank.at[jnp.where(here, place.sequence, bank.shape[0])].set(state, mode="drop")
 
 
-def lane(plan: Plan, state, index):
+def lane(plan: Plan, state: jax.Array, index):
     """The state of every row's lane `index`."""
     return state.reshape(plan.batch, plan.lanes, *state.shape[1:])[:, index]
 
@@ -380,7 +388,7 @@ class Gates(NamedTuple):
     segment: jax.Array | None
 
 
-def gates(plan: Plan, order: Order, g, beta) -> Gates:
+def gates(plan: Plan, order: Order, g: jax.Array, beta: jax.Array) -> Gates:
     """Gates of `g`, `beta` `[B, T, Hv]`, whatever they hold on padding."""
 
     def by_chunk(x):

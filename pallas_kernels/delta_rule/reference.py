@@ -13,17 +13,17 @@ from pallas_kernels.delta_rule.order import bounded
 
 
 def recurrent(
-    query,
-    key,
-    value,
-    g,
-    beta,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
     *,
     initial_state,
-    scale,
-    use_qk_l2norm=False,
-    segment_ids=None,
-    cu_seqlens=None,
+    scale: float,
+    use_qk_l2norm: bool = False,
+    segment_ids: jax.Array | None = None,
+    cu_seqlens: jax.Array | None = None,
     keep_states=False,
     unroll=1,
 ):
@@ -72,7 +72,7 @@ def recurrent(
     return out, state if finals is None else finals, states
 
 
-def boundaries(shape, segment_ids, cu_seqlens):
+def boundaries(shape, segment_ids: jax.Array | None, cu_seqlens: jax.Array | None):
     """`(starts, real, sequence)`, each `[B, T]` or None."""
     if segment_ids is not None:
         return *algebra.segment_starts(segment_ids), None
@@ -85,7 +85,16 @@ def boundaries(shape, segment_ids, cu_seqlens):
     return starts[None], real[None], sequence[None]
 
 
-def step(state, q, k, v, g, beta, *, scale):
+def step(
+    state: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    *,
+    scale: float,
+):
     """One token for every head: state `[..., Dk, Dv]`, q and k `[..., Dk]`, v `[..., Dv]`, beta `[...]`.
 
     g is `[...]`, or `[..., Dk]` with a decay per key channel.

@@ -43,7 +43,7 @@ class Options(NamedTuple):
     return_states: bool
 
 
-def convolve(taps, history, bias):
+def convolve(taps, history, bias: jax.Array | None):
     """SiLU of the convolution at one token: `taps[w]` belongs to `history[w]`, the current token is the last."""
     total = sum(tap * x for tap, x in zip(taps, history, strict=True))
     if bias is not None:
@@ -56,7 +56,7 @@ def sigmoid(x):
     return 1.0 / (1.0 + jnp.exp(-x))
 
 
-def softplus(x):
+def softplus(x: jax.Array):
     """`log(1 + e^x)` as `max(x, 0) + 2 atanh(z)`, `z = e / (2 + e)` and `e = exp(-|x|)`.
 
     z is at most 1/3, so eight terms of the series give every digit of a float32, also where the argument of a
@@ -71,10 +71,10 @@ def softplus(x):
 
 
 def gates(
-    write,
-    decay,
-    A_log,
-    dt_bias,
+    write: jax.Array,
+    decay: jax.Array,
+    A_log: jax.Array,
+    dt_bias: jax.Array,
     *,
     allow_negative_eigenvalues: bool,
     sigmoid: Callable[..., jax.Array] = jax.nn.sigmoid,

@@ -140,7 +140,7 @@ _IMPLEMENTATIONS = {
 }
 
 
-def _call(inputs: Inputs, state, slots) -> tuning.Call:
+def _call(inputs: Inputs, state: jax.Array, slots: jax.Array | None) -> tuning.Call:
     floats = inputs._replace(lengths=None)
     return tuning.Call(
         dtypes=[x.dtype for x in jax.tree.leaves(floats)],
@@ -153,7 +153,7 @@ def _call(inputs: Inputs, state, slots) -> tuning.Call:
     )
 
 
-def _check(inputs: Inputs, state, slots) -> dict[str, int]:
+def _check(inputs: Inputs, state: jax.Array, slots: jax.Array | None) -> dict[str, int]:
     pool = "B" if slots is None else "num_slots"
     sizes: dict[str, int] = {}
     _checks.check_array("A_log", inputs.A_log, "Hk n", sizes)

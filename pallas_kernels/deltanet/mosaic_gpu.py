@@ -74,11 +74,11 @@ class Convolved:
             s.value,
         )
 
-    def _load(self, ref, block: Block, channels, layout, *place) -> jax.Array:
+    def _load(self, ref: _mosaic_gpu.Ref, block: Block, channels, layout, *place) -> jax.Array:
         key_head = lax.div(block.head, self.shapes.group)
         return plgpu.load(ref.at[*place, key_head, channels], layout=layout, optimized=False)
 
-    def _convolve(self, block: Block, channels, layout, target) -> None:
+    def _convolve(self, block: Block, channels, layout, target: _mosaic_gpu.Ref) -> None:
         """SiLU of the convolution of some channels, at every token."""
         inputs, width = self.inputs, self.width
         wide = lambda *place: self._load(*place).astype(jnp.float32)

@@ -9,7 +9,7 @@ from pallas_kernels.delta_rule import step as delta_rule
 from pallas_kernels.deltanet.algebra import Inputs, Options, gated_deltanet_gates
 
 
-def step(options: Options, inputs: Inputs, state, slots):
+def step(options: Options, inputs: Inputs, state: jax.Array, slots: jax.Array | None):
     """`(out, state after, states or None, conv_state after)`; both states keep their dtype."""
     batch, length = inputs.mixed.shape[:2]
     value_heads, key_dim, value_dim = state.shape[1:]

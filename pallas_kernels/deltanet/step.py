@@ -14,14 +14,23 @@ from pallas_kernels.deltanet.algebra import Inputs, Options
 state_dtype = delta_rule.state_dtype
 
 
-def run(implementation: str, options: Options, inputs: Inputs, state, slots):
+def run(
+    implementation: str, options: Options, inputs: Inputs, state: jax.Array, slots: jax.Array | None
+):
     """`(out, state after, states or None, conv_state after)` by a kernel; both states keep their dtype."""
     lengths = inputs.lengths
     return _program(implementation, options, inputs._replace(lengths=None), state, lengths, slots)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _kernel(implementation, options, inputs: Inputs, state, lengths, slots):
+def _kernel(
+    implementation: str,
+    options: Options,
+    inputs: Inputs,
+    state: jax.Array,
+    lengths: jax.Array | None,
+    slots: jax.Array | None,
+):
     tokens = (inputs.mixed, inputs.logits, lengths)
     weights = (inputs.conv_kernel, inputs.conv_bias, inputs.A_log, inputs.dt_bias)
     launch = functools.partial(_launch, implementation, options)
@@ -34,11 +43,11 @@ def _kernel(implementation, options, inputs: Inputs, state, lengths, slots):
     return out, after, states, windows
 
 
-def _forward(implementation, options, *arrays):
+def _forward(implementation: str, options: Options, *arrays):
     return _kernel(implementation, options, *arrays), arrays
 
 
-def _backward(implementation, options, residuals, cotangents):
+def _backward(implementation: str, options: Options, residuals: tuple, cotangents: tuple):
     """By recomputation: a step is a handful of tokens."""
     inputs, state, lengths, slots = residuals
 
@@ -53,7 +62,14 @@ _kernel.defvjp(_forward, _backward)
 _program = functools.partial(jax.jit, static_argnums=(0, 1), inline=True)(_kernel)
 
 
-def _launch(implementation: str, options: Options, tokens, pools, slots, weights):
+def _launch(
+    implementation: str,
+    options: Options,
+    tokens,
+    pools,
+    slots: jax.Array | None,
+    weights: jax.Array,
+):
     # A kernel's file is imported where it is called: a machine without it never reads it.
     if implementation == "triton":
         from pallas_kernels.delta_rule.step.triton import launch

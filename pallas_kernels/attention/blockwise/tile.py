@@ -21,7 +21,7 @@ def product(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=compute)
 
 
-def tile_logits(problem, options, size, at, query, key, masked):
+def tile_logits(problem, options, size, at, query: jax.Array, key: jax.Array, masked):
     """Logits `[b, k, R, t, s]` of a tile (-inf where hidden), their row maxima, and the soft cap's slope or None."""
     raw = product("bktd,bksd->bkts", query, key)
     raw = raw.reshape(*raw.shape[:2], -1, size.queries, size.keys)
@@ -53,7 +53,7 @@ def tile_logits(problem, options, size, at, query, key, masked):
     return logits, logits.max(axis=-1), slope
 
 
-def drop(problem, options, size, at, weights):
+def drop(problem, options, size, at, weights: jax.Array):
     """Dropout on a tile of weights, or on that of their cotangents."""
     if options.dropout_rate == 0.0:
         return weights
@@ -68,7 +68,7 @@ def drop(problem, options, size, at, weights):
     return jnp.where(kept.reshape(weights.shape), weights / (1.0 - options.dropout_rate), 0.0)
 
 
-def add_to_bias(d_bias, d_logits, size, at):
+def add_to_bias(d_bias: jax.Array, d_logits: jax.Array, size, at):
     """Adds a tile's share to the bias cotangent, summed over the dimensions in which the bias broadcasts."""
     shared = tuple(d for d in range(5) if d_bias.shape[d] == 1 and d_logits.shape[d] > 1)
     d_logits = d_logits.sum(shared, keepdims=True)
@@ -77,5 +77,5 @@ def add_to_bias(d_bias, d_logits, size, at):
     return lax.dynamic_update_slice(d_bias, old + d_logits, start)
 
 
-def add_at(total, j, part):
+def add_at(total: jax.Array, j, part):
     return lax.dynamic_update_index_in_dim(total, total[j] + part, j, 0)

@@ -153,13 +153,13 @@ def locate(shapes: Shapes, inputs: Inputs) -> Block:
     return Block(batch, head, lax.div(head, shapes.group), first, offset, tiles)
 
 
-def at_step(shapes: Shapes, block: Block, step):
+def at_step(shapes: Shapes, block: Block, step: jax.Array):
     """The key tile of a step; both compute warpgroups and the memory warpgroup walk the same order."""
     both_ends = shapes.mask.sliding_window is not None or shapes.mask.segments
     return masks.walk(block.tiles, step, both_ends=both_ends)
 
 
-def head_box(shapes: Shapes, query, block: Block, rows, index: int):
+def head_box(shapes: Shapes, query: _mosaic_gpu.Ref, block: Block, rows, index: int):
     """The query rows of head `block.head + index`."""
     head = block.head + index
     if shapes.fused:
@@ -170,7 +170,7 @@ def head_box(shapes: Shapes, query, block: Block, rows, index: int):
 # --- memory role -----------------------------------------------------------------------------------------------------
 
 
-def memory_role(shapes: Shapes, inputs: Inputs, s, block: Block) -> None:
+def memory_role(shapes: Shapes, inputs: Inputs, s: _mosaic_gpu.Scratch, block: Block) -> None:
     """Feeds keys and values, `stages` tiles ahead."""
     config = shapes.config
     steps = block.tiles.high - block.tiles.low
@@ -217,7 +217,14 @@ def across(row, columns: int):
     return lax.broadcast_in_dim(row, (ROWS, columns), [0])
 
 
-def load_queries(shapes: Shapes, inputs: Inputs, s, block: Block, wg, first) -> None:
+def load_queries(
+    shapes: Shapes,
+    inputs: Inputs,
+    s: _mosaic_gpu.Scratch,
+    block: Block,
+    wg,
+    first: jax.Array,
+) -> None:
     ready, tokens = s.query_ready.at[wg], shapes.tokens
     rows = pl.ds(first, tokens)
     for index in range(shapes.config.pack):
@@ -232,7 +239,16 @@ def load_queries(shapes: Shapes, inputs: Inputs, s, block: Block, wg, first) -> 
     plgpu.barrier_wait(ready)
 
 
-def hide(shapes: Shapes, s, scores, tile, slot, first, offset, wg):
+def hide(
+    shapes: Shapes,
+    s: _mosaic_gpu.Scratch,
+    scores: _mosaic_gpu.Ref,
+    tile: _mosaic_gpu.Ref,
+    slot,
+    first,
+    offset,
+    wg,
+):
     """Scores with -inf where a query must not see a key."""
     shape = scores.shape
     queries = masks.indices(shape, 0, 0)
@@ -247,14 +263,14 @@ def hide(shapes: Shapes, s, scores, tile, slot, first, offset, wg):
     return jnp.where(shown, scores, -jnp.inf)
 
 
-def capped(shapes: Shapes, scores):
+def capped(shapes: Shapes, scores: jax.Array):
     """Scores after the soft cap, and the factor that takes them to log2 units."""
     if shapes.soft_cap is None:
         return scores, shapes.scale * LOG2E
     return jnp.tanh(scores * (shapes.scale / shapes.soft_cap)), shapes.soft_cap * LOG2E
 
 
-def weigh(scores, factor: float, m, l):
+def weigh(scores: jax.Array, factor: float, m: jax.Array, l: jax.Array):
     """Online softmax: weights in float32, new maximum and sum, and what the old accumulator shrinks by."""
     columns = scores.shape[1]
     new = jnp.maximum(m, scores.max(axis=1) * factor)
@@ -263,7 +279,15 @@ def weigh(scores, factor: float, m, l):
     return weights, new, l * shrink + weights.sum(axis=1), shrink
 
 
-def compute_role(shapes: Shapes, inputs: Inputs, out, lse, s, block: Block, wg) -> None:
+def compute_role(
+    shapes: Shapes,
+    inputs: Inputs,
+    out: jax.Array,
+    lse: jax.Array,
+    s: _mosaic_gpu.Scratch,
+    block: Block,
+    wg: jax.Array,
+) -> None:
     config, dim = shapes.config, shapes.head_dim
     plgpu.set_max_registers(config.compute_registers, action="increase")
     first = block.first + wg * shapes.tokens
@@ -315,7 +339,16 @@ def compute_role(shapes: Shapes, inputs: Inputs, out, lse, s, block: Block, wg) 
     finish(shapes, inputs, out, lse, s, block, wg, first, acc, m, l)
 
 
-def overlapped_step(shapes: Shapes, s, wg, prepare, step, carry, *, masked: bool):
+def overlapped_step(
+    shapes: Shapes,
+    s: _mosaic_gpu.Scratch,
+    wg: jax.Array,
+    prepare,
+    step: jax.Array,
+    carry,
+    *,
+    masked: bool,
+):
     """Scores of this step and the weighted sum of the one before, in flight together."""
     acc, weights, m, l = carry
     config, dim = shapes.config, shapes.head_dim
@@ -347,7 +380,16 @@ def overlapped_step(shapes: Shapes, s, wg, prepare, step, carry, *, masked: bool
     return acc * across(shrink, dim), fresh.astype(shapes.dtype), m, l
 
 
-def alternating_step(shapes: Shapes, s, wg, prepare, step, carry, *, masked: bool):
+def alternating_step(
+    shapes: Shapes,
+    s: _mosaic_gpu.Scratch,
+    wg: jax.Array,
+    prepare,
+    step: jax.Array,
+    carry,
+    *,
+    masked: bool,
+):
     """The weighted sum of the step before, then scores and softmax; only the other warpgroup overlaps them."""
     acc, weights, m, l = carry
     config, dim = shapes.config, shapes.head_dim
@@ -370,7 +412,19 @@ def alternating_step(shapes: Shapes, s, wg, prepare, step, carry, *, masked: boo
     return acc * across(shrink, dim), fresh.astype(shapes.dtype), m, l
 
 
-def finish(shapes: Shapes, inputs: Inputs, out, lse, s, block: Block, wg, first, acc, m, l) -> None:
+def finish(
+    shapes: Shapes,
+    inputs: Inputs,
+    out: _mosaic_gpu.Ref,
+    lse: _mosaic_gpu.Ref,
+    s: _mosaic_gpu.Scratch,
+    block: Block,
+    wg,
+    first: jax.Array,
+    acc,
+    m: jax.Array,
+    l: jax.Array,
+) -> None:
     """Counts the sink, divides by the sum and writes the rows that exist."""
     tokens, pack = shapes.tokens, shapes.config.pack
     if shapes.sinks:
@@ -489,7 +543,14 @@ def forward_qkv(
     return _call(shapes, (qkv,), offset, segment_ids, segment_ids, sinks)
 
 
-def _call(shapes: Shapes, arrays, offset, query_ids, key_ids, sinks) -> tuple[Any, Any]:
+def _call(
+    shapes: Shapes,
+    arrays,
+    offset,
+    query_ids,
+    key_ids,
+    sinks: jax.Array | None,
+) -> tuple[Any, Any]:
     mask, config = shapes.mask, shapes.config
     q_rows = _mosaic_gpu.round_up(mask.q_len, 8)
     tile_rows = 2 * shapes.tokens

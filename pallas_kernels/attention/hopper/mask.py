@@ -64,7 +64,7 @@ def _larger(a, b):
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else lax.max(a, b)
 
 
-def _clip(value, low, high):
+def _clip(value: jax.Array, low, high):
     return _smaller(_larger(value, low), high)
 
 
@@ -74,7 +74,7 @@ def _floor(value, divisor: int):
     return value // divisor if isinstance(value, int) else lax.div(value, divisor)
 
 
-def _ceil(value, divisor: int):
+def _ceil(value: jax.Array, divisor: int):
     return _floor(value + (divisor - 1), divisor)
 
 
@@ -86,7 +86,7 @@ def _ordered(low, clean_low, clean_high, high, count) -> Tiles:
     return Tiles(low, clean_low, _clip(clean_high, clean_low, high), high)
 
 
-def key_tiles(mask: Mask, first, rows: int, offset, block_kv: int, bounds=None) -> Tiles:
+def key_tiles(mask: Mask, first: jax.Array, rows: int, offset, block_kv: int, bounds=None) -> Tiles:
     """The key tiles that queries `first .. first + rows - 1` visit.
 
     Args:
@@ -109,7 +109,9 @@ def key_tiles(mask: Mask, first, rows: int, offset, block_kv: int, bounds=None) 
     return _ordered(low, clean_low, clean_high, high, count)
 
 
-def query_tiles(mask: Mask, first, rows: int, offset, block_q: int, bounds=None) -> Tiles:
+def query_tiles(
+    mask: Mask, first: jax.Array, rows: int, offset, block_q: int, bounds=None
+) -> Tiles:
     """The query tiles that see any of the keys `first .. first + rows - 1`."""
     count = -(-mask.q_len // block_q)
     token = first - offset  # the query that stands at key `first`
@@ -127,7 +129,7 @@ def query_tiles(mask: Mask, first, rows: int, offset, block_q: int, bounds=None)
     return _ordered(low, clean_low, clean_high, high, count)
 
 
-def walk(tiles: Tiles, step, *, both_ends: bool):
+def walk(tiles: Tiles, step: jax.Array, *, both_ends: bool):
     """The tile visited at `step`: masked ones first, so that one masked and one clean loop cover any range.
 
     Args:
@@ -146,7 +148,14 @@ def masked_steps(tiles: Tiles):
     return tiles.high - tiles.clean_high + tiles.clean_low - tiles.low
 
 
-def visible(mask: Mask, queries, keys, offset, query_ids=None, key_ids=None):
+def visible(
+    mask: Mask,
+    queries: jax.Array,
+    keys: jax.Array,
+    offset,
+    query_ids: jax.Array | None = None,
+    key_ids: jax.Array | None = None,
+):
     """Boolean tile of which key each query sees; `queries` and `keys` are int32 tiles of token indices."""
     # The ids of keys that do not exist match none.
     shown = query_ids == key_ids if mask.segments else keys < mask.kv_len

@@ -68,7 +68,9 @@ def scratch_spec(shapes: Shapes, rows: int) -> dict[str, Any]:
 class Block:
     """One block's work on a tile of `rows` own tokens."""
 
-    def __init__(self, shapes: Shapes, inputs: Inputs, s, place, rows: int, dim: int):
+    def __init__(
+        self, shapes: Shapes, inputs: Inputs, s: _mosaic_gpu.Scratch, place, rows: int, dim: int
+    ):
         self.shapes, self.inputs, self.place, self.rows = shapes, inputs, place, rows
         self.tile, self.d_out, self.d_sum = (
             getattr(s, f"{name}_{dim}") for name in ("inputs", "d_out", "d_sum")
@@ -163,7 +165,14 @@ class Block:
             self.d_out.at[pl.ds(offset, count)][...] = total.astype(self.shapes.dtype)
 
 
-def block(shapes: Shapes, inputs: Inputs, cotangents, outputs, s, rows: int) -> None:
+def block(
+    shapes: Shapes,
+    inputs: Inputs,
+    cotangents,
+    outputs: _mosaic_gpu.Ref,
+    s: _mosaic_gpu.Scratch,
+    rows: int,
+) -> None:
     """`rows` tokens of one head of queries, keys or values."""
     row, tile_index, part = (lax.axis_index(name) for name in ("row", "tile", "part"))
     start = tile_index * rows

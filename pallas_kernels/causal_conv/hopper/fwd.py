@@ -50,7 +50,9 @@ def scratch_spec(shapes: Shapes) -> dict[str, Any]:
     return spec
 
 
-def convolve(shapes: Shapes, inputs: Inputs, tile, made, place, normalise: bool) -> None:
+def convolve(
+    shapes: Shapes, inputs: Inputs, tile: _mosaic_gpu.Ref, made, place, normalise: bool
+) -> None:
     """The block's outputs in shared memory."""
     row, start, head, channels = place
     dim = tile.shape[1]
@@ -80,7 +82,7 @@ def convolve(shapes: Shapes, inputs: Inputs, tile, made, place, normalise: bool)
         made.at[pl.ds(offset, count)][...] = out.astype(shapes.dtype)
 
 
-def block(shapes: Shapes, inputs: Inputs, outputs, s) -> None:
+def block(shapes: Shapes, inputs: Inputs, outputs: _mosaic_gpu.Ref, s: _mosaic_gpu.Scratch) -> None:
     """`ROWS` tokens of one head of queries, keys or values."""
     row, tile_index, part = (lax.axis_index(name) for name in ("row", "tile", "part"))
     start = tile_index * ROWS

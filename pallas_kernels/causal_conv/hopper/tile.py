@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -76,15 +77,15 @@ class Tile:
     def zeros(self):
         return plgpu.layout_cast(jnp.zeros(self.shape, jnp.float32), self.layout)
 
-    def load(self, ref, first):
+    def load(self, ref, first: jax.Array):
         """The rows of a shared-memory tile from `first` on."""
         return plgpu.load(ref.at[pl.ds(first, self.shape[0])], layout=self.layout)
 
-    def down(self, value):
+    def down(self, value: jax.Array):
         """One value per channel, for all rows."""
         return plgpu.layout_cast(lax.broadcast_in_dim(value, self.shape, [1]), self.layout)
 
-    def across(self, value):
+    def across(self, value: jax.Array):
         """One value per row, for all channels."""
         return plgpu.layout_cast(lax.broadcast_in_dim(value, self.shape, [0]), self.layout)
 
@@ -101,12 +102,12 @@ class Inputs:
         self.state = rest.pop(0) if shapes.state else None
 
 
-def per_channel(ref, place, layout):
+def per_channel(ref: _mosaic_gpu.Ref, place, layout):
     """One value per channel of a block, in float32."""
     return plgpu.load(ref.at[place], layout=layout.reduce(0), optimized=False).astype(jnp.float32)
 
 
-def fetch(shapes: Shapes, inputs: Inputs, tile, place, ready) -> None:
+def fetch(shapes: Shapes, inputs: Inputs, tile: _mosaic_gpu.Ref, place, ready) -> None:
     """Starts to copy the block's inputs, and those before it, into shared memory."""
     row, start, head, channels = place
     rows = tile.shape[0] - HALO
@@ -123,7 +124,7 @@ def fetch(shapes: Shapes, inputs: Inputs, tile, place, ready) -> None:
         )
 
 
-def place_state(shapes: Shapes, inputs: Inputs, tile, place) -> None:
+def place_state(shapes: Shapes, inputs: Inputs, tile: _mosaic_gpu.Ref, place) -> None:
     """The initial state, or zeros, where it ends at the row's first real token."""
     row, start, head, channels = place
     if shapes.width == 1 or (shapes.taps and not shapes.state):

@@ -55,7 +55,14 @@ class Gradients(NamedTuple):
     state: Any
 
 
-def _shapes(query, value, config, scale, segments, use_qk_l2norm) -> Shapes:
+def _shapes(
+    query: jax.Array,
+    value: jax.Array,
+    config: BackwardConfig,
+    scale: float,
+    segments: bool,
+    use_qk_l2norm: bool,
+) -> Shapes:
     rows, length, key_heads, key_dim = query.shape
     return Shapes(
         rows,
@@ -80,20 +87,30 @@ def _spans(shapes: Shapes, spans):
     return jnp.stack([row, jnp.zeros_like(row), jnp.full_like(row, shapes.chunks)], axis=1)
 
 
-def _units(held, pulled, asked):
+def _units(held: jax.Array, pulled: jax.Array, asked):
     return jnp.stack([held, pulled, jnp.ones_like(held) if asked is None else asked])
 
 
-def _of_states(unit, spans):
+def _of_states(unit: jax.Array, spans: jax.Array):
     """The units `[z, Hv]` of rows of tokens as those of their states, to multiply `[rows, Hv, Dk, Dv]`."""
     return unit[spans[:, 0]][:, :, None, None]
 
 
-def _edge(state):
+def _edge(state: jax.Array):
     return jnp.swapaxes(state, -1, -2)
 
 
-def _d_states(shapes: Shapes, query, key, d_out, inverse, tables, d_final, units, spans):
+def _d_states(
+    shapes: Shapes,
+    query: jax.Array,
+    key: jax.Array,
+    d_out: jax.Array,
+    inverse: jax.Array,
+    tables: jax.Array,
+    d_final: jax.Array,
+    units,
+    spans: jax.Array,
+):
     """The cotangents of every chunk's end state (transposed, 16-bit, in units of `pulled`), and of the start states."""
     pulled = _of_states(units[PULLED], spans)
     arrays = {

@@ -101,13 +101,13 @@ class Shapes:
 # The casts below tell the compiler what it would find out, by a search that takes minutes or gives up.
 
 
-def by_row(table, row: int):
+def by_row(table: _mosaic_gpu.Ref, row: int):
     """One row of a chunk's table, where tokens are rows."""
     values = plgpu.load(table.at[row], layout=PER_ROW)
     return plgpu.layout_cast(lax.broadcast_in_dim(values, SQUARE, [0]), MATRIX)
 
 
-def by_column(table, row: int):
+def by_column(table: _mosaic_gpu.Ref, row: int):
     """One row of a chunk's table, where tokens are columns."""
     values = plgpu.load(table.at[row], layout=PER_COLUMN)
     return plgpu.layout_cast(lax.broadcast_in_dim(values, SQUARE, [1]), MATRIX)
@@ -123,7 +123,9 @@ def places():
     return row, column + nothing
 
 
-def decayed_scores(shapes: Shapes, queries, keys, table, places=places):
+def decayed_scores(
+    shapes: Shapes, queries: jax.Array, keys: jax.Array, table: jax.Array, places=places
+):
     """P of one chunk, float16."""
     scores = product(queries, keys.T)
     row, column = places()
@@ -199,11 +201,13 @@ def chain_scratch(shapes: Shapes, backwards: bool) -> dict[str, Any]:
     return spec
 
 
-def chunk_of(chain: Chain, place: Place, step):
+def chunk_of(chain: Chain, place: Place, step: jax.Array):
     return place.first + (place.steps - 1 - step if chain.backwards else step)
 
 
-def fetch(shapes: Shapes, chain: Chain, s, place: Place, step, slot) -> None:
+def fetch(
+    shapes: Shapes, chain: Chain, s: _mosaic_gpu.Scratch, place: Place, step, slot: jax.Array
+) -> None:
     """Brings everything of one chunk."""
     chunk, ready = chunk_of(chain, place, step), s.ready.at[slot]
     tokens = pl.ds(chunk * CHUNK, CHUNK)
@@ -220,7 +224,9 @@ def fetch(shapes: Shapes, chain: Chain, s, place: Place, step, slot) -> None:
     plgpu.copy_gmem_to_smem(chain.tables.at[of_chunk], s.tables.at[slot], ready)
 
 
-def prepare(shapes: Shapes, chain: Chain, s, place: Place, slot) -> None:
+def prepare(
+    shapes: Shapes, chain: Chain, s: _mosaic_gpu.Scratch, place: Place, slot: jax.Array
+) -> None:
     """Keys of a chunk, going backwards queries and dO too, as float16 where they lie.
 
     What a query is divided by multiplies the cotangent of what it reads.
@@ -236,7 +242,7 @@ def prepare(shapes: Shapes, chain: Chain, s, place: Place, slot) -> None:
     plgpu.commit_smem()
 
 
-def feeding_role(shapes: Shapes, chain: Chain, s) -> None:
+def feeding_role(shapes: Shapes, chain: Chain, s: _mosaic_gpu.Scratch) -> None:
     """Feeds chunks, `stages` ahead, and prepares them one chunk ahead; going backwards makes P too."""
     if shapes.chain_owners > 1:
         plgpu.set_max_registers(shapes.config.feeding_registers, action="decrease")
@@ -276,13 +282,22 @@ def feeding_role(shapes: Shapes, chain: Chain, s) -> None:
             plgpu.barrier_wait(s.free.at[lax.rem(steps - 1, stages)])
 
 
-def turned(tile):
+def turned(tile: _mosaic_gpu.Ref):
     """A 16-bit tile `[tokens, columns]` in registers as `[columns, tokens]`, float32."""
     value = plgpu.layout_cast(plgpu.load(tile.T, layout=TRANSPOSED), MATRIX)
     return value.astype(jnp.float32)
 
 
-def replayed(_: Shapes, s, place: Place, wg, slot, __, state, rounded):
+def replayed(
+    _: Shapes,
+    s: _mosaic_gpu.Scratch,
+    place: Place,
+    wg: jax.Array,
+    slot: jax.Array,
+    __,
+    state: jax.Array,
+    rounded: jax.Array,
+):
     """The state after a chunk (`algebra.advance`)."""
     table, keys = s.tables.at[slot], s.keys.at[slot]
     recalled = product(rounded, keys.T)
@@ -295,7 +310,16 @@ def replayed(_: Shapes, s, place: Place, wg, slot, __, state, rounded):
     return _mosaic_gpu.added(lambda a: plgpu.wgmma(a, leaving, keys), whole * state)
 
 
-def retreated(shapes: Shapes, s, _, wg, slot, two, state, rounded):
+def retreated(
+    shapes: Shapes,
+    s: _mosaic_gpu.Scratch,
+    _,
+    wg: jax.Array,
+    slot: jax.Array,
+    two,
+    state: jax.Array,
+    rounded: jax.Array,
+):
     """The cotangent of the state before a chunk (`algebra.retreat`)."""
     table, keys = s.tables.at[slot], s.keys.at[slot]
     echoed = product(rounded, keys.T)
@@ -321,7 +345,7 @@ def retreated(shapes: Shapes, s, _, wg, slot, two, state, rounded):
     return unit * _mosaic_gpu.added(both, (whole * per_unit) * state)
 
 
-def chain_role(shapes: Shapes, chain: Chain, s, wg) -> None:
+def chain_role(shapes: Shapes, chain: Chain, s: _mosaic_gpu.Scratch, wg: jax.Array) -> None:
     """64 value columns of a head, from one end of the row to the other."""
     if shapes.chain_owners > 1:
         plgpu.set_max_registers(shapes.config.chain_registers, action="increase")

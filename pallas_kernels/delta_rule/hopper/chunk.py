@@ -39,7 +39,7 @@ def places(shape: tuple[int, int] = SQUARE):
     return tuple(plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX) for axis in (0, 1))
 
 
-def gated(tables, visible, segments: bool):
+def gated(tables: _mosaic_gpu.Ref, visible, segments: bool):
     """Decay between the tokens of a chunk where `visible`, else 0; `tables` holds its rows (`order.HIGH` and so on)."""
     # The compiler would merge two loads of one row into one, which then would need two layouts.
     (again,) = _mosaic_gpu.opaque(jnp.int32(0))
@@ -56,7 +56,7 @@ def gated(tables, visible, segments: bool):
     return jnp.where(visible, jnp.exp(jnp.where(visible, exponent, 0.0)), 0.0)
 
 
-def product(left, right):
+def product(left: jax.Array, right: jax.Array):
     """A product of 64 rows and 64 columns, waited for."""
 
     def run(accumulator):
@@ -66,7 +66,7 @@ def product(left, right):
     return pl.run_scoped(run, _mosaic_gpu.accumulator(*SQUARE))
 
 
-def wide(tile):
+def wide(tile: _mosaic_gpu.Ref):
     """A 16-bit tile in registers, float32."""
     return plgpu.load(tile, layout=MATRIX).astype(jnp.float32)
 
@@ -83,7 +83,7 @@ def as_half(x: jax.Array) -> jax.Array:
     return x if x.dtype == HALF else lax.bitcast_convert_type(x, HALF)
 
 
-def halved(tile, given: Any, factor) -> Any:
+def halved(tile: _mosaic_gpu.Ref, given: Any, factor) -> Any:
     """Turns a tile of 64 tokens into float16 where it lies, each token times a factor; returns what `factor` left.
 
     Args:
@@ -145,7 +145,7 @@ def inverse_size(parts: Iterator[Any]):
     return inverse_power(unit), unit
 
 
-def inverse_size_within(parts: Iterator[Any], asked):
+def inverse_size_within(parts: Iterator[Any], asked: jax.Array):
     """As `inverse_size`, but by no less than 1/64 of `asked`, a power of two above all queries.
 
     What a query is divided by multiplies a cotangent, which float16 still holds at 1/64; a query that small and smaller
@@ -155,7 +155,7 @@ def inverse_size_within(parts: Iterator[Any], asked):
     return inverse_power(unit), unit
 
 
-def half_keys(tile, given: Any, use_qk_l2norm: bool) -> None:
+def half_keys(tile: _mosaic_gpu.Ref, given: Any, use_qk_l2norm: bool) -> None:
     """Keys of a chunk as the products take them; `commit_smem` before that."""
     if use_qk_l2norm:
         halved(tile, given, inverse_length)

@@ -11,6 +11,7 @@ which the norm lets no gradient pass:
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -42,7 +43,9 @@ def unit_length(parts):
     return inverse, jnp.where(squares == 0.0, 0.0, inverse)
 
 
-def prepare_queries(shapes: Shapes, s, held, pulled, asked) -> None:
+def prepare_queries(
+    shapes: Shapes, s, held: jax.Array, pulled: jax.Array, asked: jax.Array
+) -> None:
     """Queries as the products take them, and every factor but that of dk."""
     factors = s.factors.at[0]
     inverse = functools.partial(inverse_size_within, asked=asked)
@@ -58,7 +61,7 @@ def prepare_queries(shapes: Shapes, s, held, pulled, asked) -> None:
     factors.at[D_VALUE][...] = per_token(pulled)
 
 
-def prepare_keys(shapes: Shapes, s, held, pulled) -> None:
+def prepare_keys(shapes: Shapes, s, held: jax.Array, pulled: jax.Array) -> None:
     """Keys as the products take them, and the factor of dk."""
     keys, factor = s.keys.at[0], s.factors.at[0, D_KEY]
     if shapes.use_qk_l2norm:

@@ -171,7 +171,7 @@ def locate(shapes: Shapes, inputs: Inputs) -> Block:
 # --- one chunk ahead -------------------------------------------------------------------------------------------------
 
 
-def fetch(shapes: Shapes, inputs: Inputs, s, block: Block, step) -> None:
+def fetch(shapes: Shapes, inputs: Inputs, s: _mosaic_gpu.Scratch, block: Block, step) -> None:
     """Asks for the tiles of a chunk."""
     chunk = block.first + step
     tokens = pl.ds(chunk * CHUNK, CHUNK)
@@ -190,7 +190,7 @@ def fetch(shapes: Shapes, inputs: Inputs, s, block: Block, step) -> None:
         plgpu.copy_gmem_to_smem(box, s.values.at[slot, owner], ready)
 
 
-def raised(shapes: Shapes, s, slot) -> tuple[Any, Any]:
+def raised(shapes: Shapes, s: _mosaic_gpu.Scratch, slot: jax.Array) -> tuple[Any, Any]:
     """The unit before the chunk and the one that its values ask for, per token (all the same)."""
     before = plgpu.load(s.unit, layout=PER_ROW)
     if not shapes.values:
@@ -205,7 +205,7 @@ def raised(shapes: Shapes, s, slot) -> tuple[Any, Any]:
     return before, unit
 
 
-def prepare(shapes: Shapes, s, slot) -> None:
+def prepare(shapes: Shapes, s: _mosaic_gpu.Scratch, slot: jax.Array) -> None:
     """Keys and queries of a chunk as float16, where they lie, and its factors."""
     half_keys(s.keys.at[slot], shapes.given, shapes.use_qk_l2norm)
     table = s.tables.at[slot]
@@ -224,7 +224,7 @@ def prepare(shapes: Shapes, s, slot) -> None:
     plgpu.commit_smem()
 
 
-def fold(shapes: Shapes, s, step) -> None:
+def fold(shapes: Shapes, s: _mosaic_gpu.Scratch, step: jax.Array) -> None:
     """Makes X and F of a chunk."""
     slot, two = lax.rem(step, shapes.config.stages), lax.rem(step, 2)
     table, inverse = s.tables.at[slot], s.inverse.at[two]
@@ -253,7 +253,7 @@ def fold(shapes: Shapes, s, step) -> None:
     plgpu.barrier_arrive(s.folded.at[two])
 
 
-def ahead_role(shapes: Shapes, inputs: Inputs, outputs: Outputs, s) -> None:
+def ahead_role(shapes: Shapes, inputs: Inputs, outputs: Outputs, s: _mosaic_gpu.Scratch) -> None:
     config = shapes.config
     if config.ahead_registers:
         plgpu.set_max_registers(config.ahead_registers, action="decrease")
@@ -298,7 +298,9 @@ def ahead_role(shapes: Shapes, inputs: Inputs, outputs: Outputs, s) -> None:
 # --- the chain -------------------------------------------------------------------------------------------------------
 
 
-def ask_state(shapes: Shapes, s, slot, wg, state) -> tuple[Any, Any]:
+def ask_state(
+    shapes: Shapes, s: _mosaic_gpu.Scratch, slot: jax.Array, wg: jax.Array, state: jax.Array
+) -> tuple[Any, Any]:
     """What the state says about the keys, less than what is to be written (W^T); and about the queries."""
     half, table = state.astype(HALF), s.tables.at[slot]
     by_token = lambda row: down(plgpu.load(table.at[row], layout=PER_COLUMN))
@@ -328,7 +330,15 @@ def ask_state(shapes: Shapes, s, slot, wg, state) -> tuple[Any, Any]:
     return written, product(half, s.queries.at[slot].T) * by_token(CARRY)
 
 
-def advance(shapes: Shapes, s, slot, two, state, written, carried) -> tuple[Any, Any]:
+def advance(
+    shapes: Shapes,
+    s: _mosaic_gpu.Scratch,
+    slot: jax.Array,
+    two,
+    state: jax.Array,
+    written: jax.Array,
+    carried,
+) -> tuple[Any, Any]:
     """The state after the chunk, and the chunk's output, transposed."""
     state = state * s.tables[slot, CARRY, CHUNK - 1]
     if not shapes.output:
@@ -348,7 +358,9 @@ def advance(shapes: Shapes, s, slot, two, state, written, carried) -> tuple[Any,
     return state, out * read
 
 
-def chain_role(shapes: Shapes, inputs: Inputs, outputs: Outputs, s, wg) -> None:
+def chain_role(
+    shapes: Shapes, inputs: Inputs, outputs: Outputs, s: _mosaic_gpu.Scratch, wg: jax.Array
+) -> None:
     config = shapes.config
     if config.chain_registers:
         plgpu.set_max_registers(config.chain_registers, action="increase")
@@ -460,7 +472,17 @@ def final_state(
 
 
 def _call(
-    query, key, value: Any, tables, inverse, start, config, scale, segments, use_qk_l2norm, spans
+    query,
+    key: jax.Array,
+    value: Any,
+    tables: jax.Array,
+    inverse: jax.Array,
+    start: jax.Array,
+    config: ForwardConfig,
+    scale: float,
+    segments: bool,
+    use_qk_l2norm: bool,
+    spans,
 ) -> Result:
     given_dtype, key = key.dtype, as_half(key)
     query = None if query is None else as_half(query)

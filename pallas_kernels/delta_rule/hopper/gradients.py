@@ -90,13 +90,13 @@ def gradient_scratch(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def fetch_keys(chunk: Chunk, s, place: Place) -> None:
+def fetch_keys(chunk: Chunk, s: _mosaic_gpu.Scratch, place: Place) -> None:
     """Brings the queries and keys of the chunk."""
     plgpu.copy_gmem_to_smem(chunk.query.at[place.of_key], s.queries.at[0], s.keys_ready)
     plgpu.copy_gmem_to_smem(chunk.key.at[place.of_key], s.keys.at[0], s.keys_ready)
 
 
-def fetch_head(shapes: Shapes, chunk: Chunk, s, place: Place, member) -> None:
+def fetch_head(shapes: Shapes, chunk: Chunk, s: _mosaic_gpu.Scratch, place: Place, member) -> None:
     """Brings what a warpgroup needs of a value head."""
     head, wg = place.key_head * shapes.group + member, place.wg
     of_value, of_chunk = place.of_value(head), (place.row, head, place.index)
@@ -111,7 +111,7 @@ def fetch_head(shapes: Shapes, chunk: Chunk, s, place: Place, member) -> None:
         plgpu.copy_gmem_to_smem(array.at[box], target.at[wg], s.ready.at[wg])
 
 
-def head_gradients(shapes: Shapes, own: Owner, d_query, d_key, store) -> None:
+def head_gradients(shapes: Shapes, own: Owner, d_query: jax.Array, d_key: jax.Array, store) -> None:
     """Adds a value head's part of dq and dk to the accumulators, hands dV to `store`, and fills the sums.
 
     Half of the registers hold dq and dk: what is needed twice waits in shared memory.
@@ -124,7 +124,7 @@ def head_gradients(shapes: Shapes, own: Owner, d_query, d_key, store) -> None:
     read_gradients(shapes, own, d_query, d_key)
 
 
-def write_gradients(shapes: Shapes, own: Owner, d_key):
+def write_gradients(shapes: Shapes, own: Owner, d_key: _mosaic_gpu.Ref):
     """The updates N, their use in the chunk's end state, and dR."""
     table = own.tables
     own.right[...] = decayed_scores(shapes, own.queries, own.keys, table, own.places)
@@ -150,7 +150,9 @@ def write_gradients(shapes: Shapes, own: Owner, d_key):
     return product(own.inverse.T, own.left)
 
 
-def recall_gradients(shapes: Shapes, own: Owner, d_write, d_key, store) -> None:
+def recall_gradients(
+    shapes: Shapes, own: Owner, d_write: jax.Array, d_key: _mosaic_gpu.Ref, store
+) -> None:
     """dV, and what the recall of the chunk's first state leaves: parts of dk, dbeta and dg."""
     table = own.tables
     since = plgpu.load(table.at[order.SINCE], layout=PER_ROW)
@@ -168,7 +170,9 @@ def recall_gradients(shapes: Shapes, own: Owner, d_write, d_key, store) -> None:
     plgpu.wgmma_wait(0)
 
 
-def inverse_gradients(shapes: Shapes, own: Owner, d_write, d_key) -> None:
+def inverse_gradients(
+    shapes: Shapes, own: Owner, d_write: jax.Array, d_key: _mosaic_gpu.Ref
+) -> None:
     """dL and what it leaves: parts of dk, dbeta and dg. T has been used for the last time: its tile is free."""
     table = own.tables
     row, column = own.places()
@@ -188,7 +192,9 @@ def inverse_gradients(shapes: Shapes, own: Owner, d_write, d_key) -> None:
     own.sums.at[D_GATE][...] = corner_sum(own)
 
 
-def read_gradients(shapes: Shapes, own: Owner, d_query, d_key) -> None:
+def read_gradients(
+    shapes: Shapes, own: Owner, d_query: _mosaic_gpu.Ref, d_key: _mosaic_gpu.Ref
+) -> None:
     """What the output's cotangent leaves: dq, and parts of dk and dg."""
     table = own.tables
     row, column = own.places()
@@ -220,7 +226,7 @@ def read_gradients(shapes: Shapes, own: Owner, d_query, d_key) -> None:
     own.sums.at[INNER][...] = inner
 
 
-def split(high_tile, low_tile, value) -> None:
+def split(high_tile, low_tile, value: jax.Array) -> None:
     """Stores a float32 matrix as the sum of two 16-bit ones."""
     high = value.astype(high_tile.dtype)
     high_tile[...] = high
@@ -242,7 +248,7 @@ def corner_sum(own: Owner):
     return jnp.where(column < row, sums, 0.0).sum(axis=1)
 
 
-def gradient_role(shapes: Shapes, chunk: Chunk, s, wg) -> None:
+def gradient_role(shapes: Shapes, chunk: Chunk, s: _mosaic_gpu.Scratch, wg: jax.Array) -> None:
     """Every value head of the key head in turn, then dq and dk; of two warpgroups one has the queries, one the keys."""
     first = locate(wg)
     pl.when(wg == 0)(lambda: fetch_keys(chunk, s, first))

@@ -37,7 +37,7 @@ class Kept(NamedTuple):
     transition: jax.Array | None
 
 
-def operand(plan: Plan, order: Order, x):
+def operand(plan: Plan, order: Order, x: jax.Array):
     """`[B, T, heads, dim]` in rows of chunks, zero on padding and in the channels that fill up a tile."""
     x = orders.real_rows(plan, order, x)
     return _mosaic_gpu.pad_axis(x, 3, tuning.padded_dim(x.shape[3]))
@@ -94,7 +94,9 @@ def forward(
     return out, narrow(final), Kept(inverse, tables, unit, kept_start, transition)
 
 
-def _maps(plan: Plan, key, value, tables, inverse) -> tuple[jax.Array, jax.Array]:
+def _maps(
+    plan: Plan, key: jax.Array, value: jax.Array, tables: jax.Array, inverse: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """M `[z, Hv, Dk, Dk]` and E `[z, Hv, Dk, Dv]` of every lane."""
     rows, heads = inverse.shape[:2]
     key_dim, value_dim = key.shape[3], value.shape[3]

@@ -24,12 +24,12 @@ def arranged(plan: Plan, order: Order, tokens: Tokens) -> Tokens:
     return Tokens(query, key, value, single(tokens.g), single(tokens.beta))
 
 
-def sizes(x):
+def sizes(x: jax.Array):
     """The largest number of every row and head, float32 `[z, heads]`."""
     return jnp.max(jnp.abs(x), axis=(1, 3)).astype(jnp.float32)
 
 
-def unit_of(order: Order, read, state):
+def unit_of(order: Order, read, state: jax.Array):
     """A power of two above `read` `[z, Hv]` and all states of the row."""
     states = jnp.max(jnp.abs(state), axis=(2, 3))
     if order.sequence is not None:
@@ -37,14 +37,20 @@ def unit_of(order: Order, read, state):
     return power_of_two(jnp.maximum(read, states))
 
 
-def shared(unit, group: int):
+def shared(unit: jax.Array, group: int):
     """The largest of a key head for all its value heads: the kernels add up their gradients of its query and key."""
     largest = jnp.max(unit.reshape(unit.shape[0], -1, group), axis=2)
     return jnp.repeat(largest, group, axis=1)
 
 
 def backward(
-    plan: Plan, order: Order, tokens: Tokens, initial_state, kept: Kept, d_out, d_final
+    plan: Plan,
+    order: Order,
+    tokens: Tokens,
+    initial_state,
+    kept: Kept,
+    d_out: jax.Array,
+    d_final: jax.Array,
 ) -> tuple[Tokens, jax.Array]:
     """Cotangents of the tokens, each in its dtype, and of the initial state."""
     given, pull = jax.vjp(lambda tokens: arranged(plan, order, tokens), tokens)
@@ -109,6 +115,6 @@ def backward(
     return d_tokens, d_start[..., : initial_state.shape[2], : initial_state.shape[3]]
 
 
-def fill_square(x, width: int):
+def fill_square(x: jax.Array, width: int):
     """`[z, Hv, Dk, Dk]` filled up with zeros."""
     return _mosaic_gpu.pad_axis(_mosaic_gpu.pad_axis(x, 2, width), 3, width)

@@ -108,13 +108,13 @@ def scratch_spec(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def split(value):
+def split(value: jax.Array):
     """A float32 matrix as the sum of two float16."""
     high = value.astype(jnp.float16)
     return high, (value - high.astype(jnp.float32)).astype(jnp.float16)
 
 
-def inverted(s, lower):
+def inverted(s: _mosaic_gpu.Scratch, lower: jax.Array):
     """(I + lower)^-1 of a float32 matrix in registers."""
     row, column = places()
     # Two places meet in the merge of width 2^level if that is the highest bit in which row and column differ.
@@ -148,7 +148,7 @@ def inverted(s, lower):
     return inverse - product(error.astype(jnp.float16), stored)
 
 
-def rounded(s, inverse, dtype):
+def rounded(s: _mosaic_gpu.Scratch, inverse: jax.Array, dtype):
     """`inverse` in 16 bits as `inverse (I - E)`, E what rounding alone would take from it."""
     lost = inverse - inverse.astype(dtype).astype(jnp.float32)
     # Not the tile of the Newton step, which other warps may still be reading.
@@ -163,7 +163,7 @@ def zeros():
     return plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.float32), PER_ROW)
 
 
-def summed(s, gates):
+def summed(s: _mosaic_gpu.Scratch, gates):
     """`algebra.two_float_cumsum` of a chunk's gates."""
     high, low = gates, zeros()
     for step in range(LEVELS):
@@ -176,7 +176,7 @@ def summed(s, gates):
     return high, low
 
 
-def complete(shapes: Shapes, s, table) -> None:
+def complete(shapes: Shapes, s: _mosaic_gpu.Scratch, table) -> None:
     """Makes the table of a chunk whose gates lie where their sums will; `commit_smem` before it leaves."""
     rows = lambda row: plgpu.load(table.at[row], layout=PER_ROW)
     high, low = summed(s, rows(order.HIGH))
@@ -194,7 +194,7 @@ def complete(shapes: Shapes, s, table) -> None:
     table.at[order.SINCE][...] = since
 
 
-def role(shapes: Shapes, inputs: Inputs, outputs: Prologue, s) -> None:
+def role(shapes: Shapes, inputs: Inputs, outputs: Prologue, s: _mosaic_gpu.Scratch) -> None:
     """One chunk of one key head."""
     head, chunk, row = (lax.axis_index(name) for name in ("heads", "chunk", "row"))
     tokens = pl.ds(chunk * CHUNK, CHUNK)

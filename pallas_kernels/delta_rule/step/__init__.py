@@ -30,20 +30,20 @@ class Options(NamedTuple):
     return_states: bool
 
 
-def state_dtype(state, value) -> Any:
+def state_dtype(state: jax.Array, value: jax.Array) -> Any:
     """What a state is returned in: 16-bit ones keep their dtype, others are float32 (float64 beside float64 values)."""
     is_narrow = jnp.dtype(state.dtype).itemsize == 2
     return state.dtype if is_narrow else compute_dtype(value.dtype)
 
 
 def run(
-    implementation: str, options: Options, tokens: Tokens, state, slots
+    implementation: str, options: Options, tokens: Tokens, state: jax.Array, slots: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """`(out, state after, states or None)` by a kernel; the state's dtype is kept."""
     return _program(implementation, options, tokens, state, slots)
 
 
-def recurrence(options: Options, tokens: Tokens, state, slots):
+def recurrence(options: Options, tokens: Tokens, state, slots: jax.Array | None):
     """`(out, state after, states or None)` in XLA; the state's dtype is kept."""
     compute = compute_dtype(tokens.value.dtype)
     rows, segment_ids = state, None
@@ -81,16 +81,20 @@ def into_pool(pool, rows, slots):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _kernel(implementation, options, tokens, state, slots):
+def _kernel(
+    implementation: str, options: Options, tokens: Tokens, state: jax.Array, slots: jax.Array | None
+):
     launch = functools.partial(_launch, implementation, options)
     return by_rows(launch)(tokens, state, slots, ())
 
 
-def _forward(implementation, options, tokens, state, slots):
+def _forward(
+    implementation: str, options: Options, tokens: Tokens, state: jax.Array, slots: jax.Array | None
+):
     return _kernel(implementation, options, tokens, state, slots), (tokens, state, slots)
 
 
-def _backward(implementation, options, residuals, cotangents):
+def _backward(implementation: str, options: Options, residuals: tuple, cotangents: tuple):
     """By recomputation: a step is a handful of tokens."""
     tokens, state, slots = residuals
     _, pull = jax.vjp(lambda *x: recurrence(options, x[0], x[1], slots), tokens, state)
@@ -133,7 +137,14 @@ def by_rows(launch: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _launch(implementation: str, options: Options, tokens: Tokens, state, slots, _):
+def _launch(
+    implementation: str,
+    options: Options,
+    tokens: Tokens,
+    state: jax.Array,
+    slots: jax.Array | None,
+    _,
+):
     # A kernel's file is imported where it is called: a machine without it never reads it.
     if implementation == "triton":
         from pallas_kernels.delta_rule.step.triton import launch, loaded

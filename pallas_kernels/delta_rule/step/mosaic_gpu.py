@@ -138,12 +138,19 @@ def scratch_spec(shapes: Shapes, source: Source, state_dtype, out_dtype) -> dict
     }
 
 
-def _vector(ref, layout) -> jax.Array:
+def _vector(ref: _mosaic_gpu.Ref, layout) -> jax.Array:
     """A vector of shared memory in float32."""
     return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
 
-def advance(shapes: Shapes, source: Source, block: Block, s, state, states) -> None:
+def advance(
+    shapes: Shapes,
+    source: Source,
+    block: Block,
+    s: _mosaic_gpu.Scratch,
+    state: _mosaic_gpu.Ref,
+    states: _mosaic_gpu.Ref,
+) -> None:
     """All tokens of one row with a slot."""
     place = (block.slot, block.head, slice(None), block.columns)
     plgpu.copy_gmem_to_smem(state.at[place], s.state, s.ready)
@@ -176,7 +183,7 @@ def advance(shapes: Shapes, source: Source, block: Block, s, state, states) -> N
     plgpu.copy_smem_to_gmem(s.state, state.at[place])
 
 
-def pad(shapes: Shapes, block: Block, s, states) -> None:
+def pad(shapes: Shapes, block: Block, s: _mosaic_gpu.Scratch, states: _mosaic_gpu.Ref) -> None:
     """Zeros for a row without a slot."""
     zeros = jnp.zeros((shapes.config.columns,), s.out.dtype)
     for t in range(shapes.length):
@@ -189,7 +196,15 @@ def pad(shapes: Shapes, block: Block, s, states) -> None:
             plgpu.copy_smem_to_gmem(s.state, states.at[block.row, t, block.head, :, block.columns])
 
 
-def walk(shapes: Shapes, source: Source, s, state, slots, out, states) -> None:
+def walk(
+    shapes: Shapes,
+    source: Source,
+    s: _mosaic_gpu.Scratch,
+    state: jax.Array,
+    slots: jax.Array | None,
+    out: _mosaic_gpu.Ref,
+    states,
+) -> None:
     """One block: `columns` columns of one head of one row."""
     row, head, tile = (lax.axis_index(name) for name in ("row", "head", "tile"))
     columns = pl.ds(tile * shapes.config.columns, shapes.config.columns)

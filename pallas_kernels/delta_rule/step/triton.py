@@ -54,7 +54,7 @@ class Block(NamedTuple):
 Source = Callable[[Shapes, Block, Sequence[Any], Sequence[Any]], Callable[[int], Token]]
 
 
-def wide(x) -> jax.Array:
+def wide(x: jax.Array) -> jax.Array:
     """In float32, in which everything is computed."""
     return x.astype(jnp.float32)
 
@@ -77,7 +77,7 @@ def loaded(shapes: Shapes, block: Block, inputs: Sequence[Any], _: Sequence[Any]
     return token
 
 
-def locate(shapes: Shapes, slots, num_slots: int) -> Block:
+def locate(shapes: Shapes, slots: jax.Array | None, num_slots: int) -> Block:
     """The block that runs here."""
     place = pl.program_id(0)
     tile, head = place % shapes.tiles, place // shapes.tiles % shapes.value_heads
@@ -91,7 +91,7 @@ def locate(shapes: Shapes, slots, num_slots: int) -> Block:
     return Block(row, head, tile, columns, slot, real)
 
 
-def walk(shapes: Shapes, block: Block, token, state, out, state_out, states) -> None:
+def walk(shapes: Shapes, block: Block, token, state, out: jax.Array, state_out, states) -> None:
     """One block: `columns` columns of one head of one row."""
     tile_shape = (shapes.key_dim, shapes.config.columns)
     spread = lambda x, axis: jax.lax.broadcast_in_dim(x, tile_shape, [axis])

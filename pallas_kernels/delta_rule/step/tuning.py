@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -55,7 +56,7 @@ class Shapes:
         return self.value_heads // self.key_heads
 
 
-def shapes(implementation: str, tokens: Sequence[int], state, options) -> Shapes:
+def shapes(implementation: str, tokens: Sequence[int], state: jax.Array, options) -> Shapes:
     """What a kernel is built for.
 
     Args:
@@ -74,7 +75,7 @@ def shapes(implementation: str, tokens: Sequence[int], state, options) -> Shapes
     )
 
 
-def config(implementation: str, *, rows: int, state) -> StepConfig:
+def config(implementation: str, *, rows: int, state: jax.Array) -> StepConfig:
     """The tile of a kernel for a state `[P, Hv, Dk, Dv]` (an array or its shape and dtype)."""
     value_heads, key_dim, value_dim = state.shape[1:]
     if implementation == "triton":

@@ -162,7 +162,9 @@ def backward_qkv(
     return found[:, :length], d_sinks
 
 
-def _statistics(shapes: Shapes, out, lse, d_out, d_lse, sinks):
+def _statistics(
+    shapes: Shapes, out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse, sinks: jax.Array | None
+):
     """Per row `[B, N, T']`: lse in log2 units and delta; and the gradient of the sinks."""
     lse, rows = jnp.swapaxes(lse, 1, 2), shapes.query_rows
     product = out.astype(jnp.float32) * d_out.astype(jnp.float32)
@@ -205,7 +207,7 @@ def _zeros_like_query(shapes: Shapes, rows: int) -> jax.Ref:
     return jax.new_ref(jnp.zeros(shape, jnp.float32))
 
 
-def _run(shapes: Shapes, which: str, arrays, tables, target, sums=None):
+def _run(shapes: Shapes, which: str, arrays, tables, target: _mosaic_gpu.Ref, sums=None):
     """One of the kernels.
 
     Args:

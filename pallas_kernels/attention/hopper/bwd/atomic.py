@@ -18,6 +18,7 @@ Source: Shah et al. 2024 (FlashAttention-3, arXiv 2407.08608), appendix B.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -45,7 +46,9 @@ def scratch_spec(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def share_of(shapes: Shapes, s, half, buffer, slot):
+def share_of(
+    shapes: Shapes, s: _mosaic_gpu.Scratch, half: jax.Array, buffer: jax.Array, slot: jax.Array
+):
     """This block's share of dq: half of the channels of one query tile."""
     columns = shapes.head_dim // 2
 
@@ -60,7 +63,15 @@ def share_of(shapes: Shapes, s, half, buffer, slot):
     return pl.run_scoped(product, _mosaic_gpu.accumulator(shapes.config.block_q, columns))
 
 
-def add_to(shapes: Shapes, s, block: Block, sums, step, share, wg) -> None:
+def add_to(
+    shapes: Shapes,
+    s: _mosaic_gpu.Scratch,
+    block: Block,
+    sums: _mosaic_gpu.Ref,
+    step: jax.Array,
+    share,
+    wg,
+) -> None:
     """Adds a tile to dq in device memory; the copy ends behind the next step."""
     config, columns = shapes.config, shapes.head_dim // 2
     tile, head = keys.step_place(shapes, block, step)
@@ -72,7 +83,9 @@ def add_to(shapes: Shapes, s, block: Block, sums, step, share, wg) -> None:
     plgpu.copy_smem_to_gmem(s.shares.at[wg], box, reduction_op="add")
 
 
-def all_three(shapes: Shapes, s, block: Block, sums, wg):
+def all_three(
+    shapes: Shapes, s: _mosaic_gpu.Scratch, block: Block, sums: _mosaic_gpu.Ref, wg: jax.Array
+):
     """dk and dv of 64 keys; dq goes to `sums`."""
 
     def accumulate(dk, dv):
@@ -114,7 +127,14 @@ def all_three(shapes: Shapes, s, block: Block, sums, wg):
     return dk, dv
 
 
-def compute_role(shapes: Shapes, s, block: Block, outputs, sums, wg) -> None:
+def compute_role(
+    shapes: Shapes,
+    s: _mosaic_gpu.Scratch,
+    block: Block,
+    outputs: _mosaic_gpu.Ref,
+    sums,
+    wg: jax.Array,
+) -> None:
     """dk and dv of 64 keys, and half of the channels of the block's share of dq."""
     d_key, d_value = outputs
     plgpu.set_max_registers(shapes.config.compute_registers, action="increase")

@@ -99,21 +99,21 @@ def locate(shapes: Shapes, inputs: Inputs, tiles, rows: int, block: int) -> Bloc
     return Block(batch, head, first, offset, found)
 
 
-def query_box(shapes: Shapes, array, batch, rows, head):
+def query_box(shapes: Shapes, array: _mosaic_gpu.Ref, batch: jax.Array, rows, head: jax.Array):
     """Rows of one query head, in `[B, T, N, D]` or in the fused buffer."""
     if shapes.fused:
         return array.at[batch, rows, lax.div(head, shapes.group), lax.rem(head, shapes.group)]
     return array.at[batch, rows, head]
 
 
-def key_box(shapes: Shapes, array, batch, rows, kv_head, which: int):
+def key_box(shapes: Shapes, array: _mosaic_gpu.Ref, batch: jax.Array, rows, kv_head, which: int):
     """Rows of the key (`which=0`) or value (1) of one head."""
     if shapes.fused:
         return array.at[batch, rows, kv_head, shapes.group + which]
     return array.at[batch, rows, kv_head]
 
 
-def softmax_weights(shapes: Shapes, scores, lse, shown):
+def softmax_weights(shapes: Shapes, scores: jax.Array, lse: jax.Array, shown):
     """Softmax weights of a tile, and what ds is a multiple of: the weights times the slope of the soft cap."""
     factor, hidden = shapes.scale * LOG2E, -jnp.inf
     if shapes.soft_cap is not None:

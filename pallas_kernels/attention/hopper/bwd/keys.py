@@ -10,6 +10,7 @@ Shared memory: `4 D` bytes for every key of the block plus `4 D stages block_q`.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -69,13 +70,13 @@ def step_counts(shapes: Shapes, block: Block):
     )
 
 
-def step_place(shapes: Shapes, block: Block, step):
+def step_place(shapes: Shapes, block: Block, step: jax.Array):
     """(query tile, query head) of a step."""
     tile = masks.walk(block.tiles, lax.div(step, shapes.group), both_ends=True)
     return tile, block.head * shapes.group + lax.rem(step, shapes.group)
 
 
-def memory_role(shapes: Shapes, inputs: Inputs, s, block: Block) -> None:
+def memory_role(shapes: Shapes, inputs: Inputs, s: _mosaic_gpu.Scratch, block: Block) -> None:
     """Brings the block's keys and values once, then queries and output gradients, `stages` tiles ahead."""
     config, batch = shapes.config, block.batch
     plgpu.set_max_registers(config.memory_registers, action="decrease")
@@ -126,7 +127,16 @@ def memory_role(shapes: Shapes, inputs: Inputs, s, block: Block) -> None:
             plgpu.barrier_wait(s.cotangent_free.at[lax.rem(step, config.stages)])
 
 
-def transposed_weights(shapes: Shapes, s, block: Block, owner, step, slot, scores, masked: bool):
+def transposed_weights(
+    shapes: Shapes,
+    s: _mosaic_gpu.Scratch,
+    block: Block,
+    owner: jax.Array,
+    step: jax.Array,
+    slot: jax.Array,
+    scores: jax.Array,
+    masked: bool,
+):
     """Weights, and what ds is a multiple of, of one tile whose rows are keys."""
     config = shapes.config
     shape = (ROWS, config.block_q)
@@ -148,7 +158,7 @@ def transposed_weights(shapes: Shapes, s, block: Block, owner, step, slot, score
     return softmax_weights(shapes, scores, lax.broadcast_in_dim(lse, shape, [1]), shown)
 
 
-def minus_delta(shapes: Shapes, s, slot):
+def minus_delta(shapes: Shapes, s: _mosaic_gpu.Scratch, slot: jax.Array):
     """The value at which the accumulator of dp starts, so that the product itself yields dp - delta."""
     delta = plgpu.load(s.delta.at[slot], layout=PER_COLUMN)
     shape = (ROWS, shapes.config.block_q)
@@ -165,7 +175,16 @@ def loop_over_steps(shapes: Shapes, block: Block, body) -> None:
         lax.fori_loop(0, steps, lambda step, _: body(step, masked=False), None)
 
 
-def weights_of(shapes: Shapes, s, block: Block, owner, keys, step, slot, masked: bool):
+def weights_of(
+    shapes: Shapes,
+    s: _mosaic_gpu.Scratch,
+    block: Block,
+    owner,
+    keys: jax.Array,
+    step: jax.Array,
+    slot: jax.Array,
+    masked: bool,
+):
     """`transposed_weights` of a step, from its scores.
 
     Args:
@@ -182,7 +201,15 @@ def weights_of(shapes: Shapes, s, block: Block, owner, keys, step, slot, masked:
     return transposed_weights(shapes, s, block, owner, step, slot, scores, masked)
 
 
-def slopes_of(shapes: Shapes, s, dv, keys, slot, weights, multiple):
+def slopes_of(
+    shapes: Shapes,
+    s: _mosaic_gpu.Scratch,
+    dv,
+    keys: jax.Array,
+    slot: jax.Array,
+    weights: jax.Array,
+    multiple,
+):
     """ds in the input dtype; the product that adds to dv stays in flight."""
     rounded = weights.astype(shapes.dtype)
     plgpu.barrier_wait(s.cotangent_ready.at[slot])
@@ -197,7 +224,7 @@ def slopes_of(shapes: Shapes, s, dv, keys, slot, weights, multiple):
     return (multiple * pl.run_scoped(products, tile)).astype(shapes.dtype)
 
 
-def both_halves(shapes: Shapes, s, block: Block, wg):
+def both_halves(shapes: Shapes, s: _mosaic_gpu.Scratch, block: Block, wg: jax.Array):
     """dk and dv of 64 keys, both in this warpgroup's registers."""
 
     def accumulate(dk, dv):
@@ -222,7 +249,7 @@ def both_halves(shapes: Shapes, s, block: Block, wg):
     return pl.run_scoped(accumulate, tile, tile)
 
 
-def value_half(shapes: Shapes, s, block: Block):
+def value_half(shapes: Shapes, s: _mosaic_gpu.Scratch, block: Block):
     """Split: weights, handed on through shared memory, and dv."""
     config = shapes.config
 
@@ -262,7 +289,7 @@ def value_half(shapes: Shapes, s, block: Block):
     return dv
 
 
-def key_half(shapes: Shapes, s, block: Block):
+def key_half(shapes: Shapes, s: _mosaic_gpu.Scratch, block: Block):
     """Split: ds from the other warpgroup's weights, and dk."""
     config = shapes.config
 
@@ -296,7 +323,15 @@ def key_half(shapes: Shapes, s, block: Block):
     return pl.run_scoped(accumulate, _mosaic_gpu.accumulator(ROWS, shapes.head_dim))
 
 
-def write(shapes: Shapes, block: Block, source, value, target, which: int, owner) -> None:
+def write(
+    shapes: Shapes,
+    block: Block,
+    source: _mosaic_gpu.Ref,
+    value: jax.Array,
+    target: _mosaic_gpu.Ref,
+    which: int,
+    owner,
+) -> None:
     """Brings dk (`which=0`) or dv (1) of 64 keys to device memory through the tile that nobody reads any more."""
     rows = pl.ds(block.first + owner * ROWS, ROWS)
     source.at[owner][...] = value.astype(shapes.dtype)
@@ -305,7 +340,9 @@ def write(shapes: Shapes, block: Block, source, value, target, which: int, owner
     plgpu.copy_smem_to_gmem(source.at[owner], box)
 
 
-def compute_role(shapes: Shapes, s, block: Block, outputs, wg) -> None:
+def compute_role(
+    shapes: Shapes, s: _mosaic_gpu.Scratch, block: Block, outputs: _mosaic_gpu.Ref, wg: jax.Array
+) -> None:
     """dk and dv of a warpgroup's keys, or when split one of the two."""
     d_key, d_value = outputs
     plgpu.set_max_registers(shapes.config.compute_registers, action="increase")

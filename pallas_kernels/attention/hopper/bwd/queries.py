@@ -48,7 +48,7 @@ def scratch_spec(shapes: Shapes) -> dict[str, Any]:
     return spec
 
 
-def memory_role(shapes: Shapes, inputs: Inputs, s, block: Block) -> None:
+def memory_role(shapes: Shapes, inputs: Inputs, s: _mosaic_gpu.Scratch, block: Block) -> None:
     """Feeds keys and values, `kv_stages` tiles ahead."""
     config, batch = shapes.config, block.batch
     kv_head = lax.div(block.head, shapes.group)
@@ -90,7 +90,14 @@ def memory_role(shapes: Shapes, inputs: Inputs, s, block: Block) -> None:
             plgpu.barrier_wait(s.value_free.at[lax.rem(step, config.value_stages)])
 
 
-def compute_role(shapes: Shapes, inputs: Inputs, s, block: Block, d_query, wg) -> None:
+def compute_role(
+    shapes: Shapes,
+    inputs: Inputs,
+    s: _mosaic_gpu.Scratch,
+    block: Block,
+    d_query: _mosaic_gpu.Ref,
+    wg,
+) -> None:
     """dq of 64 queries."""
     config, batch, dim = shapes.config, block.batch, shapes.head_dim
     plgpu.set_max_registers(config.compute_registers, action="increase")
