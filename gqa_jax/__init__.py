@@ -30,6 +30,7 @@ from gqa_jax.models.decoder import Decoder as Decoder
 from gqa_jax.models.generation import generate as generate
 from gqa_jax.models.generation import stream as stream
 from gqa_jax.parallel.context import ContextParallel as ContextParallel
+from gqa_jax.parallel.layers import spread as spread
 from gqa_jax.parallel.sharding import MeshAxes as MeshAxes
 
 _ROOMS = {  # attribute -> the module behind it

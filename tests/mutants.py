@@ -49,6 +49,7 @@ ALGEBRA, CLIP = "pallas_kernels/attention/algebra.py", "gqa_jax/train/qk_clip.py
 REFERENCE = "pallas_kernels/attention/reference.py"
 BLOCKWISE = "pallas_kernels/attention/blockwise"
 DELTA, CONV = "pallas_kernels/delta_rule", "pallas_kernels/causal_conv/reference.py"
+GATES = "pallas_kernels/deltanet/algebra.py"
 TRUTH = "layers/test_self_attention_truth.py"
 RECURRENCE = "layers/test_gated_deltanet.py -k float64_recurrence"
 OPERATOR = "attention/test_properties.py -k each_option_alone"
@@ -97,19 +98,19 @@ FAULTS = tuple(Fault(*fault) for fault in (
     ("dropout depends on the shard", ALGEBRA, "word(rows) + seeds[2]", "word(rows)", "attention/test_contract.py -k sharding_or_order"),
     ("soft cap without its slope", f"{BLOCKWISE}/tile.py", "1.0 - bounded * bounded", "jnp.ones_like(bounded)", f"{OPERATOR}"),
     ("gradient of sinks has a wrong sign", f"{BLOCKWISE}/passes.py", "d_sinks = -(share * delta)", "d_sinks = (share * delta)", f"{OPERATOR}"),
-    ("gradient forgets the lse", f"{BLOCKWISE}/passes.py", "out.astype(compute)).sum(-1) - d_lse.astype(compute)", "out.astype(compute)).sum(-1)", f"{OPERATOR}"),
+    ("gradient forgets the lse", f"{BLOCKWISE}/passes.py", "* out).sum(-1) - d_lse.astype(compute)", "* out).sum(-1)", f"{OPERATOR}"),
     ("a tile too few is read", f"{BLOCKWISE}/plan.py", "needed & (q_high >= k_low), full", "needed & (q_high > k_low), full", "attention/test_contract.py -k first_key_of_a_tile"),
     # Decode
     ("decode reads a slot too many", "pallas_kernels/decode/algebra.py", "seen = distance >= 0", "seen = distance >= -1", "decode/test_decode.py -k filled_cache"),
     ("decode window one too wide", "pallas_kernels/decode/algebra.py", "seen & (distance < sliding_window)", "seen & (distance <= sliding_window)", "decode/test_decode.py -k filled_cache"),
     # Delta rule
-    ("state is read before the write", f"{DELTA}/reference.py", 'scale * jnp.einsum("...kv,...k->...v", state, q', 'scale * jnp.einsum("...kv,...k->...v", state - k[..., :, None] * update[..., None, :], q', "delta_rule/test_hugging_face.py"),
-    ("residual without the decay", f"{DELTA}/reference.py", "residual = v - jnp.einsum(", "residual = v - 0.5 * jnp.einsum(", "delta_rule/test_hugging_face.py"),
+    ("state is read before the write", f"{DELTA}/reference.py", "scale * product(_read, state, q)", "scale * product(_read, state - _outer(k, update), q)", "delta_rule/test_hugging_face.py"),
+    ("residual without the decay", f"{DELTA}/reference.py", "v - product(_read, state, k)", "v - 0.5 * product(_read, state, k)", "delta_rule/test_hugging_face.py"),
     ("convolution reversed", CONV, "weight[width - 1 - lag]", "weight[lag]", "causal_conv/test_causal_conv.py -k values"),
     ("convolution leaks between documents", CONV, "window = jnp.where((same & rows.real)[..., None], window, 0)", "window = jnp.where(rows.real[..., None], window, 0)", "causal_conv/test_causal_conv.py -k values"),
-    ("beta stays below 1", GDN, "beta = 2.0 * beta", "beta = 1.0 * beta", RECURRENCE),
-    ("decay with a wrong sign of A", GDN, "g = -jnp.exp(A_log)", "g = -jnp.exp(-A_log)", RECURRENCE),
-    ("beta and decay exchanged", GDN, "write, decay = logits[..., : config.v_per_key], logits[..., config.v_per_key :]", "decay, write = logits[..., : config.v_per_key], logits[..., config.v_per_key :]", RECURRENCE),
+    ("beta stays below 1", GATES, "beta = 2.0 * beta", "beta = 1.0 * beta", RECURRENCE),
+    ("decay with a wrong sign of A", GATES, "product(-jnp.exp(A_log)", "product(-jnp.exp(-A_log)", RECURRENCE),
+    ("beta and decay exchanged", GATES, "logits[..., :group],\n        logits[..., group:],", "logits[..., group:],\n        logits[..., :group],", RECURRENCE),
     # Caches
     ("ring written before it is read", f"{CACHE}/ring.py", "in_place = num_new <= self.capacity", "in_place = num_new <= 9 * self.capacity", "cache/test_policies.py -k ring_equals"),
     ("ring rewinds too far", f"{CACHE}/ring.py", "self.written - position <=", "self.length - position <=", "cache/test_policies.py -k rewind_of_a_ring"),

@@ -53,6 +53,8 @@ TOOLS = {"aot", "autotune"}
 KERNELS = {"hopper", "mosaic_gpu", "triton", "_mosaic_gpu"}  # files and rooms that name Pallas
 # Who asks JAX which machine this is; the loader travels with an artefact, without this source.
 MACHINE = {"pallas_kernels/_dispatch.py", "interop/artefact_loader.py"}
+# The mesh stands above layers and models; these hand a call over to it.
+DISPATCH = {"gqa_jax/models/decoder.py", "gqa_jax/models/generation.py"}
 # How often each stands in the packages. These only fall.
 RATCHETS = {"# fmt: skip": 25, r"\bAny\b": 850}
 
@@ -134,6 +136,13 @@ def test_mesh_axes_are_named_in_one_room():
     for name, source in sources().items():
         if rooms(name)[0] == "gqa_jax" and rooms(name)[1] != "parallel":
             assert not re.search(r"\bPartitionSpec\b", source), f"{name} names a PartitionSpec"
+
+
+def test_layers_and_models_do_not_know_the_mesh():
+    for name, imported in imports().items():
+        below = name.startswith(("gqa_jax/layers/", "gqa_jax/models/")) and name not in DISPATCH
+        mesh = {to for to in imported if to.startswith("gqa_jax.parallel")}
+        assert not (below and mesh), f"{name} may not import {sorted(mesh)}"
 
 
 def test_a_file_stands_in_a_room_and_says_what_it_is():

@@ -11,15 +11,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gqa_jax.cache import AttentionCache, Policy, allocate, check_step
 from gqa_jax.config import AttentionConfig
-from gqa_jax.layers import dropout, masks
+from gqa_jax.layers import dropout, masks, records
 from gqa_jax.layers.checks import check_call
 from gqa_jax.layers.norms import check_injected_norms, head_norm
 from gqa_jax.layers.projection import Projection
 from gqa_jax.layers.rotary import apply_rotary, rotary_tables
-from gqa_jax.parallel import tensor as tensor_parallel
-from gqa_jax.parallel.context import ContextParallel, context_attention, row_marks
-from gqa_jax.parallel.sharding import MeshAxes
-from gqa_jax.train import qk_clip
+from gqa_jax.layers.rows import Row
 from pallas_kernels import as_int32, gqa_attention, gqa_attention_qkv
 
 
@@ -55,8 +52,6 @@ class SelfAttention(dropout.Switched):
         rngs: nnx.Rngs,
         dtype=None,
         param_dtype=jnp.float32,
-        axes: MeshAxes | None = None,
-        context_parallel: ContextParallel | None = None,
         qkv: Callable | None = None,
         out: Callable | None = None,
         q_norm: Callable | None = None,
@@ -71,21 +66,16 @@ class SelfAttention(dropout.Switched):
             calls. The default stream stands in for both.
           dtype: dtype of the computation; None takes what inputs and parameters promote to.
           param_dtype: dtype of the parameters.
-          axes: names of the mesh axes that calls run on; None for one device.
-          context_parallel: how, where `axes.seq` splits the tokens.
           qkv: an NNX module or callable in place of ours, `[B, T, M] -> [B, T, K, R + 2 (or 2R + 2), D]`.
           out: the same, `[B, T, K, R, D] -> [B, T, M]`.
           q_norm, k_norm: the same, `[B, T, heads, D] -> [B, T, heads, D]`, applied where the config says.
           keep_rngs: False keeps no stream, so that `jax.grad` accepts the whole module.
 
         Raises:
-          ValueError: one norm without the other, norms while `config.qk_norm` is "none", or one of `axes.seq` and
-            `context_parallel` without the other.
+          ValueError: one norm without the other, or norms while `config.qk_norm` is "none".
         """
         check_injected_norms(config, q_norm, k_norm)
-        tensor_parallel.check_layer(axes, context_parallel)
         self.config = config
-        self.axes, self.context_parallel = axes, context_parallel
         self.dtype, self.param_dtype = dtype, param_dtype
         groups, per_group = config.num_kv_heads, config.q_per_kv
         width = per_group * (2 if config.output_gate else 1) + 2
@@ -137,8 +127,8 @@ class SelfAttention(dropout.Switched):
           mask: `[B or 1, N or 1, T, T]`, True where the query (rows) may attend, besides the rules above.
           deterministic: False drops attention weights at the configured rate; None asks the module's attribute.
           dropout_key: by which it drops. What is dropped does not depend on the mesh.
-          dropout_offset: (first batch row, first query head) of this call in the whole, for a layer without `axes` in a
-            `shard_map` of yours; None means (0, 0).
+          dropout_offset: (first batch row, first query head) of this call in the whole, in a `shard_map`; None means
+            (0, 0).
           rngs: draws the key, in place of the module's own stream. A stream advances only where its new count comes
             back: in `nnx.jit` and without `jit`, not in `jax.jit`, to which a new key must be given for each call.
           split_qkv: False hands the fused projection to the operator as it is, for layers that do nothing in between.
@@ -147,90 +137,44 @@ class SelfAttention(dropout.Switched):
           `[B, T, M]`; zeros on padding.
 
         Raises:
-          ValueError: shapes that do not fit, dropout without a key, `dropout_offset` with `axes`, or split_qkv=False
-            with a norm, a rotary embedding or a gate.
+          ValueError: shapes that do not fit, dropout without a key, or split_qkv=False with a norm, a rotary
+            embedding or a gate.
         """
         config = self.config
         marks: dict[str, Any] = dict(positions=positions, segment_ids=segment_ids, mask=mask)
-        positions, segment_ids = check_call(x, config.model_dim, axes=self.axes, **marks)
-        marks |= dict(positions=positions, segment_ids=segment_ids)
+        positions, segment_ids = check_call(x, config.model_dim, **marks)
         if deterministic is None:
             deterministic = self.deterministic
         drop: dict[str, Any] = dict(deterministic=deterministic, dropout_key=dropout_key, rngs=rngs)
         key = dropout.key_of_call(self.rngs, config.dropout_rate, **drop)
-        marks |= dict(dropout_key=key, split_qkv=split_qkv)
-        if self.axes is None:
-            recording = qk_clip.is_recording(self) and split_qkv
-            out, top = self.attend(x, recording=recording, dropout_offset=dropout_offset, **marks)
-        elif dropout_offset is not None:
-            raise ValueError(
-                f"`dropout_offset` must be None for a layer with `axes`, which tell it, got {dropout_offset}"
-            )
-        else:
-            out, top = tensor_parallel.self_attention(self, x, **marks)
-        if top is not None:
-            self.sow(qk_clip.MaxLogits, "max_logits", top, capture_noop=True)
-        return out
-
-    def attend(
-        self,
-        x: Array,
-        *,
-        positions: Array | None,
-        segment_ids: Array | None,
-        mask: Array | None,
-        dropout_key: Array | None,
-        dropout_offset: Any,
-        split_qkv: bool,
-        recording: bool,
-    ) -> tuple[Array, Array | None]:
-        """`__call__` on one device, or on this one in a `shard_map`; without `dropout_key` nothing is dropped.
-
-        Returns:
-          the output, and `[K, R]` the largest logits, if `recording`.
-        """
-        config, plan = self.config, self.context_parallel
-        x = masks.hide_padding(x, segment_ids)
         if not split_qkv:
             self._check_fused(positions)
-        elif plan is None and positions is None:
-            positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-            if segment_ids is not None:
-                positions = masks.positions_in_segments(segment_ids)
-        order, ids = None, segment_ids
-        if plan is None and ids is not None and config.sliding_window is not None:
-            order = masks.order_by_segment(ids)  # a window counts tokens of the segment
-            x, ids, positions, mask = masks.reordered(order, x, ids, positions, mask)
+        row = self.arrange(masks.hide_padding(x, segment_ids), positions, segment_ids, mask)
         options: dict[str, Any] = dict(
             is_causal=config.is_causal,
-            dropout_rate=0.0 if dropout_key is None else config.dropout_rate,
-            dropout_key=dropout_key,
+            dropout_rate=0.0 if key is None else config.dropout_rate,
+            dropout_key=key,
             dropout_offset=dropout_offset,
             **self._logit_options(),
         )
-        gate = top = None
-        if not split_qkv:
-            fused = checkpoint_name(self.qkv(x), "qkv")
-            out = gqa_attention_qkv(fused, segment_ids=ids, mask=mask, **options)
-        elif plan is None:
-            assert positions is not None
-            query, key, value, gate = self.project(x, positions)
-            if recording:
-                top = self._largest_logits(query, key, segment_ids=ids, mask=mask)
-            both = dict(query_segment_ids=ids, kv_segment_ids=ids)
-            out = gqa_attention(query, key, value, mask=mask, **both, **options)
+        if split_qkv:
+            query, key, value, gate = self.project(row.x, row.positions)
+            if records.is_recording(self):
+                top = row.largest_logits(query, key, config)
+                self.sow(records.MaxLogits, "max_logits", top, capture_noop=True)
+            out = self.attend(query, key, value, **row.marks, **options)
         else:
-            row = row_marks(x, plan, positions=positions, segment_ids=ids)
-            query, key, value, gate = self.project(x, row.rotary)
-            if recording:
-                top = self._largest_logits(query, row.gather(key), **row.of_logits())
-            places = row.places if plan.layout == "positions" else None
-            options |= dict(context_parallel=plan, positions=places, segment_ids=ids)
-            out = context_attention(query, key, value, **options)
-        out = self._finish(out, gate)
-        if order is not None:
-            out = masks.take(out, jnp.argsort(order, axis=1))
-        return masks.hide_padding(out, segment_ids), top
+            fused, gate = checkpoint_name(self.qkv(row.x), "qkv"), None
+            out = gqa_attention_qkv(fused, segment_ids=row.segment_ids, mask=row.mask, **options)
+        return masks.hide_padding(row.restore(self._finish(out, gate)), segment_ids)
+
+    attend = staticmethod(gqa_attention)  # over devices, another operator
+
+    def arrange(
+        self, x: Array, positions: Array | None, segment_ids: Array | None, mask: Array | None
+    ) -> Row:
+        """The row as `attend` takes it, see `Row`; arguments of a call."""
+        return Row.of(x, positions, segment_ids, mask, self.config)
 
     def init_cache(
         self,
@@ -296,8 +240,6 @@ class SelfAttention(dropout.Switched):
         rows: dict = dict(key=sizes, value=sizes)
         lengths = check_step(x, cache, lengths, width=self.config.model_dim, rows=rows)
         positions = as_int32("positions", positions)
-        if self.axes is not None:
-            return tensor_parallel.step(self, x, cache, lengths=lengths, positions=positions)
         batch, num_new = x.shape[:2]
         start = cache.length
         if lengths is None:
@@ -325,20 +267,6 @@ class SelfAttention(dropout.Switched):
         found = [name for name, present in between.items() if present]
         if found:
             raise ValueError(f"`split_qkv` must be True with {' and '.join(found)}, got False")
-
-    def _largest_logits(
-        self, query: Array, key: Array, **marks: Array | None
-    ) -> Float[Array, "K R"]:
-        """`qk_clip.max_logits` with the layer's scale, causality and window."""
-        config = self.config
-        return qk_clip.max_logits(
-            query,
-            key,
-            scale=config.scale,
-            is_causal=config.is_causal,
-            sliding_window=config.sliding_window,
-            **marks,
-        )
 
     def _logit_options(self) -> dict:
         config = self.config

@@ -3,8 +3,6 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gqa_jax.parallel import sharding
-from gqa_jax.parallel.sharding import MeshAxes
 from pallas_kernels import as_int32
 
 
@@ -16,7 +14,6 @@ def check_call(
     segment_ids: Array | None = None,
     mask: Array | None = None,
     num_keys: int | None = None,
-    axes: MeshAxes | None = None,
 ) -> tuple[Array | None, Array | None]:
     """Raises unless the arrays of a call fit together.
 
@@ -27,7 +24,6 @@ def check_call(
       segment_ids: `[B, T]`, or None.
       mask: `[B or 1, N or 1, T, S]`, or None.
       num_keys: S; None means T.
-      axes: of the layer; in a `shard_map` of the caller `x` may hold a part of this device's T tokens (`seq_residual`).
 
     Returns:
       `positions` with B rows, and `segment_ids`, both int32.
@@ -41,8 +37,6 @@ def check_call(
     if x.ndim != 3 or x.shape[-1] != model_dim:
         raise ValueError(f"`x` must have shape [B, T, M={model_dim}], got {x.shape}")
     batch, length = x.shape[:2]
-    if axes is not None and axes.seq_residual is not None and sharding.is_manual(axes):
-        length *= sharding.size(axes.heads, sharding.current_mesh(axes))
     if segment_ids is not None and segment_ids.shape != (batch, length):
         raise ValueError(
             f"`segment_ids` must have shape [B={batch}, T={length}], got {segment_ids.shape}"

@@ -17,8 +17,6 @@ from gqa_jax.layers.checks import check_call, positions_of_rows
 from gqa_jax.layers.norms import check_injected_norms, head_norm
 from gqa_jax.layers.projection import Projection
 from gqa_jax.layers.rotary import apply_rotary, rotary_tables
-from gqa_jax.parallel import tensor as tensor_parallel
-from gqa_jax.parallel.sharding import MeshAxes
 from pallas_kernels import as_int32, gqa_attention
 
 
@@ -63,7 +61,6 @@ class CrossAttention(dropout.Switched):
         memory_dim: int | None = None,
         dtype=None,
         param_dtype=jnp.float32,
-        axes: MeshAxes | None = None,
         q: Callable | None = None,
         kv: Callable | None = None,
         out: Callable | None = None,
@@ -77,8 +74,6 @@ class CrossAttention(dropout.Switched):
           config: as for `SelfAttention`, with is_causal=False, and mostly with rope=None.
           rngs, keep_rngs, dtype, param_dtype: as for `SelfAttention`.
           memory_dim: Mm; None means M.
-          axes: names of the mesh axes that calls run on; None for one device. `axes.seq` splits the tokens of `x`, in
-            any order; the memory is whole on all its devices.
           q: an NNX module or callable in place of ours, `[B, T, M] -> [B, T, K, R (or 2R), D]`.
           kv: the same, `[B, S, Mm] -> [B, S, K, 2, D]`.
           out: the same, `[B, T, K, R, D] -> [B, T, M]`.
@@ -93,7 +88,7 @@ class CrossAttention(dropout.Switched):
         if self.memory_dim < 1:
             raise ValueError(f"`memory_dim` must be positive, got {memory_dim}")
         check_injected_norms(config, q_norm, k_norm)
-        self.config, self.axes = config, axes
+        self.config = config
         common = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         groups, per_group, head_dim = config.num_kv_heads, config.q_per_kv, config.head_dim
         self.q = q or Projection(
@@ -140,11 +135,6 @@ class CrossAttention(dropout.Switched):
             segment_ids = jnp.zeros(shape, jnp.int32)
         if segment_ids.shape != shape:
             raise ValueError(f"`segment_ids` must have shape {shape}, got {segment_ids.shape}")
-        if self.axes is not None:
-            key, value = tensor_parallel.project_memory(
-                self, memory, positions=positions, segment_ids=segment_ids
-            )
-            return ProjectedMemory(key, value, segment_ids)
         memory = masks.hide_padding(memory, segment_ids)
         projected = checkpoint_name(self.kv(memory), "qkv")  # [B, S, K, 2, D]
         key = self._embed(projected[..., 0, :], self.k_norm, positions)
@@ -178,9 +168,7 @@ class CrossAttention(dropout.Switched):
           `[B, T, M]`; zeros, also with a bias, where a token sees nothing. Its gradients are finite.
 
         Raises:
-          ValueError: shapes that do not fit, dropout without a key, `dropout_offset` with `axes`, or a rotary embedding
-            without `positions` where `axes.seq` splits the tokens.
-          NotImplementedError: dropout where `axes.seq` does.
+          ValueError: shapes that do not fit, or dropout without a key.
         """
         config = self.config
         projected = isinstance(memory, ProjectedMemory)
@@ -188,9 +176,7 @@ class CrossAttention(dropout.Switched):
             self._check_memory(memory)
         num_rows, num_keys = (memory.key if projected else memory).shape[:2]
         marks = dict(positions=positions, segment_ids=segment_ids, mask=mask)
-        positions, segment_ids = check_call(
-            x, config.model_dim, num_keys=num_keys, axes=self.axes, **marks
-        )
+        positions, segment_ids = check_call(x, config.model_dim, num_keys=num_keys, **marks)
         if num_rows != x.shape[0]:
             raise ValueError(
                 f"`memory` must have the batch size of `x`, {x.shape[0]}, got {num_rows}"
@@ -201,20 +187,6 @@ class CrossAttention(dropout.Switched):
         dropout_key = dropout.key_of_call(self.rngs, config.dropout_rate, **drop)
         if segment_ids is None:
             segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
-        if self.axes is not None:
-            if dropout_offset is not None:
-                raise ValueError(
-                    f"`dropout_offset` must be None for a layer with `axes`, which tell it, got {dropout_offset}"
-                )
-            return tensor_parallel.cross_attention(
-                self,
-                x,
-                memory,
-                positions=positions,
-                segment_ids=segment_ids,
-                mask=mask,
-                dropout_key=dropout_key,
-            )
         if not isinstance(memory, ProjectedMemory):
             shown = None
             if mask is not None:  # what no query sees counts as padding

@@ -18,16 +18,9 @@ from gqa_jax.layers.checks import check_call
 from gqa_jax.layers.masks import right_padding_segment_ids
 from gqa_jax.layers.norms import GatedRMSNorm
 from gqa_jax.layers.projection import Projection
-from gqa_jax.parallel import tensor as tensor_parallel
-from gqa_jax.parallel.context import (
-    ContextParallel,
-    context_causal_conv1d,
-    context_gated_delta_rule,
-    lose_rows_with_gaps,
-)
-from gqa_jax.parallel.sharding import MeshAxes
 from pallas_kernels import (
     MAX_STEP_TOKENS,
+    GatedDeltaRuleOutput,
     QKVConvOutput,
     causal_conv1d_qkv,
     gated_delta_rule,
@@ -53,22 +46,6 @@ class DepthwiseConv(nnx.Module):
             jax.random.uniform(rngs.params(), shape, jnp.float32, -limit, limit).astype(param_dtype)
         )
         self.bias = nnx.Param(jnp.zeros(channels, param_dtype)) if use_bias else None
-
-    def over_devices(
-        self, x: Array, *, segment_ids: Array | None, context_parallel: ContextParallel
-    ) -> Array:
-        """SiLU(conv(x)) of `[B, T, Hk, F]`, rows spread over devices."""
-        width, heads, channels = self.kernel.shape
-        flat = heads * channels
-        out = context_causal_conv1d(
-            x.reshape(*x.shape[:2], flat),
-            self.kernel[...].reshape(width, flat).astype(x.dtype),
-            bias=None if self.bias is None else self.bias[...].reshape(flat).astype(x.dtype),
-            activation="silu",
-            segment_ids=segment_ids,
-            context_parallel=context_parallel,
-        )
-        return out.reshape(x.shape)
 
     def qkv(
         self,
@@ -107,7 +84,10 @@ class GatedDeltaNet(nnx.Module):
       A_log, dt_bias: `[Hk, n]` float32; `g = -exp(A_log) * softplus(a + dt_bias)`.
       norm: scale `[Dv]`.
       out: kernel `[Hk, n, Dv, M]`.
+      goes_by_positions: False: tokens come in the order of the row.
     """
+
+    goes_by_positions = False
 
     def __init__(
         self,
@@ -116,13 +96,9 @@ class GatedDeltaNet(nnx.Module):
         rngs: nnx.Rngs,
         dtype=None,
         param_dtype=jnp.float32,
-        axes: MeshAxes | None = None,
-        context_parallel: ContextParallel | None = None,
     ):
         """Builds the layer; arguments as for `SelfAttention`."""
-        tensor_parallel.check_layer(axes, context_parallel)
         self.config = config
-        self.axes, self.context_parallel = axes, context_parallel
         heads, per_key = config.num_key_heads, config.v_per_key
         key_dim, value_dim = config.key_head_dim, config.value_head_dim
         common = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
@@ -149,19 +125,14 @@ class GatedDeltaNet(nnx.Module):
         self.out = Projection((heads, per_key, value_dim), (config.model_dim,), **common)
 
     def __call__(
-        self,
-        x: Float[Array, "B T M"],
-        *,
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        self, x: Float[Array, "B T M"], *, segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T M"]:
         """The layer over whole rows, each from an empty state.
 
         Args:
           x: `[B, T, M]`; what stands on padding reaches nothing, no gradient either.
-          positions: `[B, T]`, places in the row; for context parallelism with layout "positions" only.
           segment_ids: `[B, T]`; convolution and state start anew where the id changes; negative ids are padding,
-            anywhere, and neither sees it (context parallelism refuses it inside a segment).
+            anywhere, and neither sees it.
 
         Returns:
           `[B, T, M]`.
@@ -169,23 +140,10 @@ class GatedDeltaNet(nnx.Module):
         Raises:
           ValueError: shapes that do not fit.
         """
-        positions, segment_ids = check_call(
-            x, self.config.model_dim, positions=positions, segment_ids=segment_ids, axes=self.axes
-        )
-        if self.axes is not None:
-            return tensor_parallel.gated_deltanet(
-                self, x, positions=positions, segment_ids=segment_ids
-            )
-        if positions is not None:
-            raise ValueError(
-                "`positions` must be None without context parallelism: the layer goes by order"
-            )
-        x = masks.hide_padding(x, segment_ids)
+        _, segment_ids = check_call(x, self.config.model_dim, segment_ids=segment_ids)
         if segment_ids is None:
             return self._run(x, None, None, None)[0]
-        if self.context_parallel is not None:
-            out, _, _ = self._run(x, None, None, segment_ids)
-            return lose_rows_with_gaps(out, segment_ids, self.context_parallel)
+        x = masks.hide_padding(x, segment_ids)
         order = masks.order_without_gaps(segment_ids)  # a window of the convolution holds tokens
         x, segment_ids = masks.take(x, order), masks.take(segment_ids, order)
         out, _, _ = self._run(x, None, None, segment_ids)
@@ -244,26 +202,18 @@ class GatedDeltaNet(nnx.Module):
         state = (config.num_value_heads, config.key_head_dim, config.value_head_dim)
         rows: dict = dict(conv=self.conv.kernel.shape, state=state)
         lengths = check_step(x, cache, lengths, width=config.model_dim, rows=rows)
-        if self.axes is not None:
-            return tensor_parallel.step(self, x, cache, lengths=lengths)
         batch, num_new = x.shape[:2]
         padded = lengths is not None
         if lengths is None:
             lengths = jnp.full((batch,), num_new, jnp.int32)
         lengths, length = advance(cache.length, lengths, num_new)
-        if num_new <= MAX_STEP_TOKENS and self.context_parallel is None:
+        if num_new <= MAX_STEP_TOKENS:
             out, conv, state = self._decode(x, cache, lengths if padded else None)
         else:
             segment_ids = right_padding_segment_ids(lengths, num_new) if padded else None
             out, conv, state = self._run(x, cache.conv, cache.state, segment_ids)
         cache = GatedDeltaNetState(conv.astype(cache.conv.dtype), state, length)
         return settle(out, lengths, cache.overflowed()), cache
-
-    def _check_width(self, x: Array) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.config.model_dim:
-            raise ValueError(
-                f"`x` must have shape [B, T, M={self.config.model_dim}], got {x.shape}"
-            )
 
     def _project(self, x: Array) -> Array:
         """`[B, T, Hk, q | k | v | z]`: what the convolution reads, and the output gates."""
@@ -300,38 +250,40 @@ class GatedDeltaNet(nnx.Module):
     def _run(
         self, x: Array, conv: Array | None, state: Array | None, segment_ids: Array | None
     ) -> tuple[Array, Any, Array]:
-        config = self.config
-        key_dim, value_dim = config.key_head_dim, config.value_head_dim
         projected = self._project(x)
         g, beta = self._gates(x)
-        options: dict[str, Any] = dict(
-            initial_state=state, segment_ids=segment_ids, chunk_size=config.chunk_size
-        )
-        if self.context_parallel is None:
-            query, key, value, conv = self.conv.qkv(
-                projected,
-                dims=(key_dim, value_dim),
-                initial_state=conv,
-                segment_ids=segment_ids,
-            )
-            result = gated_delta_rule(query, key, value, g, beta, use_qk_l2norm=True, **options)
-        else:
-            # Over rows that are spread over devices the delta rule normalises, and nothing continues them.
-            conv = None
-            mixed = self.conv.over_devices(
-                projected[..., : self.conv.kernel.shape[-1]],
-                segment_ids=segment_ids,
-                context_parallel=self.context_parallel,
-            )
-            query, key = mixed[..., :key_dim], mixed[..., key_dim : 2 * key_dim]
-            value = mixed[..., 2 * key_dim :].reshape(
-                *x.shape[:2], config.num_value_heads, value_dim
-            )
-            result = context_gated_delta_rule(
-                query, key, value, g, beta, use_qk_l2norm=True,
-                context_parallel=self.context_parallel, **options,
-            )  # fmt: skip
+        result, conv = self._mix(projected, g, beta, conv, state, segment_ids)
         return self._finish(result.out, projected), conv, result.final_state
+
+    def _mix(
+        self,
+        projected: Array,
+        g: Array,
+        beta: Array,
+        conv: Array | None,
+        state: Array | None,
+        segment_ids: Array | None,
+    ) -> tuple[GatedDeltaRuleOutput, Array | None]:
+        """Convolution and delta rule, from the states before the row; also the convolution's state behind it."""
+        config = self.config
+        query, key, value, conv = self.conv.qkv(
+            projected,
+            dims=(config.key_head_dim, config.value_head_dim),
+            initial_state=conv,
+            segment_ids=segment_ids,
+        )
+        result = gated_delta_rule(
+            query,
+            key,
+            value,
+            g,
+            beta,
+            use_qk_l2norm=True,
+            initial_state=state,
+            segment_ids=segment_ids,
+            chunk_size=config.chunk_size,
+        )
+        return result, conv
 
     def _gates(self, x: Array) -> tuple[Array, Array]:
         """Log decay `g <= 0` and write strength `beta`, both `[B, T, Hv]` float32."""

@@ -6,8 +6,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from gqa_jax.layers.projection import Projection
-from gqa_jax.parallel import tensor as tensor_parallel
-from gqa_jax.parallel.sharding import MeshAxes
 
 
 def swiglu(gate_up: Float[Array, "... F 2"]) -> Float[Array, "... F"]:
@@ -31,16 +29,12 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
         dtype=None,
         param_dtype=jnp.float32,
-        axes: MeshAxes | None = None,
     ):
         """Builds the block: M and F, then as for `SelfAttention`."""
-        self.axes = axes
         common = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.gate_up = Projection((model_dim,), (intermediate_size, 2), **common)
         self.down = Projection((intermediate_size,), (model_dim,), **common)
 
     def __call__(self, x: Float[Array, "... M"]) -> Float[Array, "... M"]:
-        """Maps the last axis; same shape. On a mesh x is `[B, T, M]`."""
-        if self.axes is not None:
-            return tensor_parallel.mlp(self, x)
+        """Maps the last axis; same shape."""
         return self.down(swiglu(self.gate_up(x)))

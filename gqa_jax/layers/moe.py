@@ -15,8 +15,6 @@ from jaxtyping import Array, Bool, Float, Int
 from gqa_jax.config import MoEConfig
 from gqa_jax.layers.mlp import MLP, swiglu
 from gqa_jax.layers.projection import Projection, compute_dtype
-from gqa_jax.parallel import tensor as tensor_parallel
-from gqa_jax.parallel.sharding import MeshAxes
 
 
 class RouterStatistics(NamedTuple):
@@ -120,10 +118,8 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
         dtype=None,
         param_dtype=jnp.float32,
-        axes: MeshAxes | None = None,
     ):
         """Builds the block: its config and M, then as for `SelfAttention`."""
-        self.axes = axes
         self.config = config
         common = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.router = Projection((model_dim,), (config.num_experts,), **common)
@@ -140,9 +136,6 @@ class MoE(nnx.Module):
         self, x: Float[Array, "... M"], *, real: Bool[Array, "..."] | None = None
     ) -> MoEOutput:
         """Output, and the router's statistics over the tokens where `real` is True (None: all); x is 0 elsewhere."""
-        if self.axes is not None:
-            out, statistics = tensor_parallel.moe(self, x, real)
-            return MoEOutput(out, RouterStatistics(*statistics))
         if real is not None:
             x = jnp.where(real[..., None], x, jnp.zeros((), x.dtype))
         flat = x.reshape(-1, x.shape[-1])

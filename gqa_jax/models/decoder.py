@@ -10,21 +10,18 @@ from jaxtyping import Array, Float, Int
 
 from gqa_jax.cache import AttentionCache, GatedDeltaNetState, Policy
 from gqa_jax.config import DecoderConfig
-from gqa_jax.layers import dropout
+from gqa_jax.layers import dropout, masks, records
 from gqa_jax.layers.attention import SelfAttention
 from gqa_jax.layers.gated_deltanet import GatedDeltaNet
-from gqa_jax.layers.masks import positions_in_segments
 from gqa_jax.layers.moe import RouterStatistics
 from gqa_jax.layers.norms import RMSNorm
 from gqa_jax.layers.projection import Projection
 from gqa_jax.models.checks import check_cache, check_token_range, checked_marks, checked_tokens
 from gqa_jax.models.checks import pattern_length as pattern_length
 from gqa_jax.models.decoder_layer import DecoderLayer, Embedding
-from gqa_jax.parallel import region
-from gqa_jax.parallel import tensor as tensor_parallel
+from gqa_jax.parallel import decoder as on_mesh
 from gqa_jax.parallel.context import ContextParallel
 from gqa_jax.parallel.sharding import MeshAxes
-from gqa_jax.train import qk_clip
 
 LayerCache = AttentionCache | GatedDeltaNetState
 DecoderCache = tuple[LayerCache, ...]
@@ -105,23 +102,15 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: `config.scan_layers` and layers that do not repeat; `axes.seq` without `context_parallel`.
         """
-        tensor_parallel.check_layer(axes, context_parallel)
+        on_mesh.check_axes(axes, context_parallel)
         self.axes, self.context_parallel = axes, context_parallel
         self.config = config
         self.logits_dtype = logits_dtype
         common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.embed = Embedding(config.vocab_size, config.model_dim, axes=axes, **common)
+        self.embed = Embedding(config.vocab_size, config.model_dim, **common)
 
         def layer(index: int, rngs: nnx.Rngs) -> DecoderLayer:
-            return DecoderLayer(
-                config,
-                index,
-                rngs=rngs,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                axes=axes,
-                context_parallel=context_parallel,
-            )
+            return DecoderLayer(config, index, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
         if config.scan_layers:
             self.pattern = pattern_length(config)
@@ -175,7 +164,9 @@ class Decoder(nnx.Module):
         Raises:
           TypeError, ValueError: naming the argument.
         """
-        return self._checked(tokens, positions, segment_ids, deterministic, dropout_key, rngs)[0]
+        marks = dict(positions=positions, segment_ids=segment_ids)
+        drop = dict(deterministic=deterministic, dropout_key=dropout_key, rngs=rngs)
+        return self._dispatch(tokens, **marks, **drop)[0]
 
     def with_router_statistics(
         self,
@@ -194,8 +185,9 @@ class Decoder(nnx.Module):
         """
         if self.config.moe is None:
             raise ValueError("`config.moe` must be given for router statistics, got None")
-        marks = (tokens, positions, segment_ids)
-        logits, router = self._checked(*marks, deterministic, dropout_key, rngs)
+        marks = dict(positions=positions, segment_ids=segment_ids)
+        drop = dict(deterministic=deterministic, dropout_key=dropout_key, rngs=rngs)
+        logits, router = self._dispatch(tokens, **marks, **drop)
         assert router is not None
         return DecoderOutput(logits, router)
 
@@ -263,15 +255,32 @@ class Decoder(nnx.Module):
             raise ValueError(f"`padding_side` must be 'right' or 'left', got {padding_side!r}")
         tokens = checked_tokens(tokens)
         lengths = check_cache(cache, len(self.layers), tokens, lengths)
-        batch, num_new = tokens.shape
-        index = jnp.arange(num_new, dtype=jnp.int32)[None, :]
         real = None
         if lengths is not None:
+            index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
             if padding_side == "left":
                 tokens = _roll(tokens, index - lengths[:, None])
             real = index < lengths[:, None]
         check_token_range(tokens, self.config.vocab_size, real)
-        x = tensor_parallel.for_steps(self.embed)(_replace_padding(tokens, real))
+        advance = self.advance if self.axes is None else functools.partial(on_mesh.advance, self)
+        left = padding_side == "left"
+        return advance(tokens, cache, lengths=lengths, last_only=last_only, left=left)
+
+    def advance(
+        self,
+        tokens: Array,
+        cache: DecoderCache,
+        *,
+        lengths: Array | None,
+        last_only: bool,
+        left: bool,
+    ) -> StepOutput:
+        """`step` on this device, of right-padded and checked tokens; `left` moves the logits' padding there."""
+        index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        segment_ids = None
+        if lengths is not None:
+            segment_ids = masks.right_padding_segment_ids(lengths, tokens.shape[1])
+        x = self.embed(tokens, segment_ids)
         if self.config.scan_layers:
             x, cache = self._scan_step(x, cache, lengths)
         else:
@@ -281,12 +290,12 @@ class Decoder(nnx.Module):
                 advanced.append(layer_cache)
             cache = tuple(advanced)
         if last_only:
+            batch, num_new = tokens.shape
             last = jnp.full((batch,), num_new, jnp.int32) if lengths is None else lengths
             x = _roll(x, last[:, None] - 1)
-        elif lengths is not None and padding_side == "left":
+        elif lengths is not None and left:
             x = _roll(x, index + lengths[:, None])
-        axes = None if self.axes is None else self.axes.without_seq
-        return StepOutput(self._logits(x, axes), cache)
+        return StepOutput(self.logits(self.norm(x)), cache)
 
     def layer(self, index: int) -> DecoderLayer:
         """Layer `index` of the model; with `scan_layers`, a copy of its row of the stack.
@@ -304,73 +313,69 @@ class Decoder(nnx.Module):
     def _repeats(self) -> int:
         return len(self.config.layers) // self.pattern
 
-    def _checked(
-        self, tokens, positions, segment_ids, deterministic, dropout_key, rngs
+    def _dispatch(
+        self, tokens, *, positions, segment_ids, deterministic, dropout_key, rngs
     ) -> tuple[Array, RouterStatistics | None]:
-        """Logits and the router's statistics, on one device or on the mesh."""
+        """`forward` of checked arguments: here, or on the devices of a mesh."""
         tokens = checked_tokens(tokens)
         positions, segment_ids = checked_marks(tokens, positions, segment_ids)
         real = None if segment_ids is None else segment_ids >= 0
-        if segment_ids is not None and positions is None:
-            tensor_parallel.check_positions(self.context_parallel)
         check_token_range(tokens, self.config.vocab_size, real)
         attention = [layer.mixer for layer in self.layers if isinstance(layer.mixer, SelfAttention)]
         quiet = all(m.deterministic for m in attention) if deterministic is None else deterministic
         rate = self.config.attention.dropout_rate if attention and self.config.attention else 0.0
         drop = dict(deterministic=quiet, dropout_key=dropout_key, rngs=rngs)
-        dropout_key = dropout.key_of_call(self.rngs, rate, **drop)
-        marks = dict(positions=positions, segment_ids=segment_ids, dropout_key=dropout_key)
-        forward = functools.partial(Decoder._forward, deterministic=deterministic)
+        key = dropout.key_of_call(self.rngs, rate, **drop)
+        marks = dict(positions=positions, segment_ids=segment_ids)
+        call: dict[str, Any] = dict(deterministic=deterministic, dropout_key=key, **marks)
         if self.axes is None:
-            return forward(self, tokens, **marks)
-        return region.forward(self, forward, tokens, **marks)
+            return self.forward(tokens, **call)
+        return on_mesh.forward(self, tokens, **call)
 
-    def _forward(
-        self, tokens, positions, segment_ids, dropout_key, *, deterministic
+    def forward(
+        self,
+        tokens: Array,
+        *,
+        positions: Array | None,
+        segment_ids: Array | None,
+        deterministic: bool | None,
+        dropout_key: Array | None,
+        dropout_offset: Array | None = None,
     ) -> tuple[Array, RouterStatistics | None]:
-        """Logits and the router's statistics, from arguments that are checked."""
-        real = None if segment_ids is None else segment_ids >= 0
-        if segment_ids is not None and positions is None and self.context_parallel is None:
-            positions = positions_in_segments(segment_ids)
+        """Logits on this device and the router's statistics; arguments as of `__call__` and `SelfAttention`."""
+        if segment_ids is not None and positions is None:
+            positions = masks.positions_in_segments(segment_ids)
+        marks = dict(positions=positions, segment_ids=segment_ids)
+        options = dict(deterministic=deterministic, dropout_offset=dropout_offset, **marks)
 
         def run(layer, x, key):
-            out = layer(
-                x,
-                positions=positions,
-                segment_ids=segment_ids,
-                deterministic=deterministic,
-                dropout_key=key,
-            )
-            return *out, qk_clip.records(layer)
+            return *layer(x, dropout_key=key, **options), records.records(layer)
 
         remat = self.config.remat
         if remat:
             run = jax.checkpoint(run, policy=None if remat is True else remat)
 
-        def run_pattern(layers, first, x, router):
+        def run_pattern(carry, repeat):
+            (x, router), (first, layers) = carry, repeat
             for i, layer in enumerate(layers):
                 key = None if dropout_key is None else jax.random.fold_in(dropout_key, first + i)
                 x, statistics, recorded = run(layer, x, key)
-                qk_clip.put_records(layer, recorded)
+                records.put_records(layer, recorded)
                 if statistics is not None:
                     router = router.merge(statistics)
-            return x, router
+            return (x, router), records.records(layers)
 
         moe = self.config.moe
         router = None if moe is None else RouterStatistics.empty(moe.num_experts)
-        x = self.embed(_replace_padding(tokens, real))
-        if not self.config.scan_layers:
-            x, router = run_pattern(self.layers, 0, x, router)
-            return self._logits(x, self.axes), router
-
-        def body(carry, repeat):
-            first, layers = repeat
-            return run_pattern(layers, first, *carry), qk_clip.records(layers)
-
-        firsts = jnp.arange(self._repeats, dtype=jnp.int32) * self.pattern
-        (x, router), recorded = jax.lax.scan(body, (x, router), (firsts, self.layers))
-        qk_clip.put_records(self.layers, recorded)
-        return self._logits(x, self.axes), router
+        carry = self.embed(tokens, segment_ids), router
+        if self.config.scan_layers:
+            firsts = jnp.arange(self._repeats, dtype=jnp.int32) * self.pattern
+            carry, recorded = jax.lax.scan(run_pattern, carry, (firsts, self.layers))
+            records.put_records(self.layers, recorded)
+        else:
+            carry, _ = run_pattern(carry, (0, self.layers))
+        x, router = carry
+        return self.logits(self.layers[0].gather(self.norm(x))), router
 
     def _scan_step(self, x, cache, lengths) -> tuple[Array, DecoderCache]:
         """`step` of all layers with the stacked cache as the scan's carry, so that it is one buffer throughout."""
@@ -389,22 +394,14 @@ class Decoder(nnx.Module):
         index = jnp.arange(self._repeats, dtype=jnp.int32)
         return jax.lax.scan(body, (x, cache), (index, self.layers))[0]
 
-    def _logits(self, x: Array, axes: MeshAxes | None) -> Array:
-        x = self.norm(x)
+    def logits(self, x: Float[Array, "B T M"]) -> Float[Array, "B T V"]:
+        """Output projection of what the final norm returned."""
         if self.lm_head is None:
             kernel, spec = self.embed.embedding[...], "btm,vm->btv"
         else:
             kernel, spec = self.lm_head.kernel[...], "btm,mv->btv"
-        if axes is not None:
-            tied, dtype = self.lm_head is None, self.logits_dtype
-            return tensor_parallel.logits(x, kernel, axes, tied=tied, dtype=dtype)
         dtype = self.logits_dtype or x.dtype
         return jnp.einsum(spec, x, kernel.astype(x.dtype), preferred_element_type=dtype)
-
-
-def _replace_padding(tokens: Array, real: Array | None) -> Array:
-    """Whatever id stands on padding must not reach a neighbour as NaN."""
-    return tokens if real is None else jnp.where(real, tokens, 0)
 
 
 def _roll(x: Array, source: Array) -> Array:

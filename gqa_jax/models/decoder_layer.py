@@ -8,14 +8,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gqa_jax.config import DecoderConfig
+from gqa_jax.layers import masks
 from gqa_jax.layers.attention import SelfAttention
 from gqa_jax.layers.gated_deltanet import GatedDeltaNet
 from gqa_jax.layers.mlp import MLP
 from gqa_jax.layers.moe import MoE, RouterStatistics
 from gqa_jax.layers.norms import RMSNorm
-from gqa_jax.parallel import tensor as tensor_parallel
-from gqa_jax.parallel.context import ContextParallel
-from gqa_jax.parallel.sharding import MeshAxes
 from pallas_kernels import as_int32
 
 
@@ -26,26 +24,22 @@ class Embedding(nnx.Module):
       embedding: `[V, M]`.
     """
 
-    def __init__(
-        self,
-        num: int,
-        dim: int,
-        *,
-        rngs: nnx.Rngs,
-        dtype=None,
-        param_dtype=jnp.float32,
-        axes: MeshAxes | None = None,
-    ):
+    def __init__(self, num: int, dim: int, *, rngs: nnx.Rngs, dtype=None, param_dtype=jnp.float32):
         self.dtype = dtype
-        self.axes = axes
         draw = 0.02 * jax.random.normal(rngs.params(), (num, dim), jnp.float32)
         self.embedding = nnx.Param(draw.astype(param_dtype))
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
-        """Rows of the table; NaN for ids outside it (where they cannot be refused, inside `jit`)."""
+    def __call__(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T M"]:
+        """Rows of the table; NaN for ids outside it (where they cannot be refused, inside `jit`); 0 on padding."""
         tokens = as_int32("tokens", tokens)
-        if self.axes is not None:
-            return tensor_parallel.embed(self, tokens)
+        if segment_ids is not None:
+            tokens = jnp.where(segment_ids < 0, 0, tokens)  # whatever id stands there
+        return masks.hide_padding(self.look_up(tokens), segment_ids)
+
+    def look_up(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
+        """Rows of the table; NaN for ids outside it."""
         table = self.embedding[...]
         tokens = jnp.where(tokens < 0, table.shape[0], tokens)  # or they would count from the end
         return (
@@ -70,21 +64,17 @@ class DecoderLayer(nnx.Module):
         rngs: nnx.Rngs,
         dtype=None,
         param_dtype,
-        axes: MeshAxes | None = None,
-        context_parallel: ContextParallel | None = None,
     ):
-        self.any_order = context_parallel is not None and context_parallel.layout == "positions"
-        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, axes=axes)
-        spread: dict[str, Any] = dict(context_parallel=context_parallel, **common)
+        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         norm: dict[str, Any] = dict(
             eps=config.norm_eps, zero_centred=config.norm_zero_centred, param_dtype=param_dtype
         )
         self.mixer_norm = RMSNorm(config.model_dim, **norm)
         if config.layers[index] == "linear_attention":
             assert config.gated_deltanet is not None  # DecoderConfig has checked
-            self.mixer = GatedDeltaNet(config.gated_deltanet, **spread)
+            self.mixer = GatedDeltaNet(config.gated_deltanet, **common)
         else:
-            self.mixer = SelfAttention(config.attention_at(index), keep_rngs=False, **spread)
+            self.mixer = SelfAttention(config.attention_at(index), keep_rngs=False, **common)
         self.mlp_norm = RMSNorm(config.model_dim, **norm)
         if config.is_moe(index):
             assert config.moe is not None
@@ -101,14 +91,13 @@ class DecoderLayer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         deterministic: bool | None = None,
         dropout_key: Array | None = None,
-        rngs: Any = None,
+        dropout_offset: Array | None = None,
     ) -> tuple[Float[Array, "B T M"], RouterStatistics | None]:
-        """The layer over whole rows, and the router's statistics of a mixture; arguments as for the mixer."""
-        x = tensor_parallel.hide_padding(x, segment_ids, self.mlp.axes)
-        normed = self.mixer_norm(x)
+        """The layer over rows that are 0 on padding, and the router's statistics; arguments as the mixer's."""
+        normed = self.gather(self.mixer_norm(x))
         if isinstance(self.mixer, GatedDeltaNet):
-            places = positions if self.any_order else None
-            mixed = self.mixer(normed, positions=places, segment_ids=segment_ids)
+            places = dict(positions=positions) if self.mixer.goes_by_positions else {}
+            mixed = self.mixer(normed, segment_ids=segment_ids, **places)
         else:
             mixed = self.mixer(
                 normed,
@@ -116,19 +105,28 @@ class DecoderLayer(nnx.Module):
                 segment_ids=segment_ids,
                 deterministic=deterministic,
                 dropout_key=dropout_key,
-                rngs=rngs,
+                dropout_offset=dropout_offset,
             )
-        x = x + mixed
+        x = x + self.reduce(mixed)
+        normed = self.gather(self.mlp_norm(x))
         if isinstance(self.mlp, MLP):
-            return x + self.mlp(self.mlp_norm(x)), None
+            return x + self.reduce(self.mlp(normed)), None
         real = None if segment_ids is None else segment_ids >= 0
-        out, statistics = self.mlp.with_statistics(self.mlp_norm(x), real=real)
-        return x + out, statistics
+        out, statistics = self.mlp.with_statistics(normed, real=real)
+        return x + self.reduce(out), statistics
 
     def step(
         self, x: Float[Array, "B T M"], cache: Any, *, lengths: Int[Array, "B"] | None = None
     ) -> tuple[Float[Array, "B T M"], Any]:
         """Advances the mixer's cache by T tokens."""
         mixed, cache = self.mixer.step(self.mixer_norm(x), cache, lengths=lengths)
-        x = x + mixed
-        return x + tensor_parallel.for_steps(self.mlp)(self.mlp_norm(x)), cache
+        x = x + self.reduce(mixed)
+        return x + self.reduce(self.mlp(self.mlp_norm(x))), cache
+
+    def gather(self, x: Array) -> Array:
+        """The tokens that a block reads: those of the residual stream, here. A mesh may split the stream."""
+        return x
+
+    def reduce(self, out: Array) -> Array:
+        """A block's whole result: its own, here. On a mesh, the sum over the devices that split its heads."""
+        return out

@@ -20,7 +20,8 @@ from gqa_jax.config_checks import require
 from gqa_jax.models.decoder import Decoder, DecoderCache
 from gqa_jax.models.prompts import Prompts, pad_prompts
 from gqa_jax.models.sampling import Sampling, as_int, make_sampling, sample
-from gqa_jax.parallel import tensor as tensor_parallel
+from gqa_jax.parallel import caches
+from gqa_jax.parallel.decoder import check_rows
 from gqa_jax.parallel.sharding import MeshAxes
 
 
@@ -226,7 +227,7 @@ def _start(decoder: Decoder, prompts: Prompts, options: _Options):
     rules = _rules(decoder, options)
     tokens, lengths = pad_prompts(prompts, options.prompt_lengths, decoder.config.vocab_size)
     if decoder.axes is not None:
-        tensor_parallel.check_rows(tokens, decoder.axes.without_seq, decoder, name="prompts")
+        check_rows(tokens, decoder.axes.without_seq, None, name="prompts")
     longest = tokens.shape[1]
     needed = longest + options.max_new_tokens
     if options.max_length is not None and options.max_length < needed:
@@ -242,7 +243,7 @@ def _start(decoder: Decoder, prompts: Prompts, options: _Options):
         graphdef,
         params,
         batch=len(lengths),
-        capacity=tensor_parallel.divisible_capacity(capacity, decoder.axes),
+        capacity=caches.divisible_capacity(capacity, decoder.axes),
         dtype=options.cache_dtype,
         policy=options.cache_policy,
     )
@@ -310,7 +311,7 @@ def _empty_cache(graphdef, params, *, batch, capacity, dtype, policy) -> Decoder
     """Allocated where it belongs: on a mesh no device ever holds it whole."""
     decoder = nnx.merge(graphdef, params)
     cache = decoder.init_cache(batch, capacity, dtype=dtype, policy=policy)
-    return cache if decoder.axes is None else tensor_parallel.shard_cache(cache, decoder)
+    return cache if decoder.axes is None else caches.shard_cache(cache, decoder)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("cache",))
@@ -323,7 +324,7 @@ def _prefill(graphdef, params, cache, tokens, lengths) -> tuple[Array, DecoderCa
 
 def _record(progress: _Progress, logits: Float[Array, "B V"], rules: _Rules) -> _Progress:
     """Draws the next token of every row that still generates; on a mesh every device knows them all."""
-    return tensor_parallel.on_every_device(_draw, progress, logits, rules, axes=rules.axes)
+    return caches.on_every_device(_draw, progress, logits, rules, axes=rules.axes)
 
 
 def _draw(progress: _Progress, logits: Float[Array, "B V"], rules: _Rules) -> _Progress:
@@ -381,4 +382,4 @@ def _decode(
     progress = _first(logits, rules, max_new_tokens=max_new_tokens)
     progress, cache = jax.lax.while_loop(more, body, (progress, cache))
     # The compiler chooses the layout of a loop's carry by itself; every device must hold all tokens.
-    return tensor_parallel.on_every_device(lambda x: x, progress, axes=rules.axes), cache
+    return caches.on_every_device(lambda x: x, progress, axes=rules.axes), cache

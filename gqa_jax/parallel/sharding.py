@@ -150,6 +150,12 @@ def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     return lay_out(x, spec)
 
 
+def laid_out(tree: Any, specs: Any) -> Any:
+    """Every array of the tree laid out as its spec; one spec may stand for a subtree."""
+    spread = jax.tree.broadcast(specs, tree, is_leaf=lambda s: isinstance(s, jax.P))
+    return jax.tree.map(constrain, tree, spread)
+
+
 def cast_like(x: jax.Array, like: jax.Array) -> jax.Array:
     """`x` typed as varying wherever `like` does, which `shard_map` asks of scan carries and custom derivatives."""
     missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying

@@ -12,8 +12,7 @@ from jax.sharding import NamedSharding
 from gqa_jax.cache import GatedDeltaNetState
 from gqa_jax.config import AttentionConfig, DecoderConfig
 from gqa_jax.models.decoder import Decoder
-from gqa_jax.parallel import sharding
-from gqa_jax.parallel import tensor as tensor_parallel
+from gqa_jax.parallel import caches, sharding
 from gqa_jax.parallel.context import ContextParallel
 from gqa_jax.parallel.sharding import MeshAxes
 from gqa_jax.train.step import TrainState, train_step
@@ -125,7 +124,7 @@ def _placed_cache(
     if not isinstance(entry, GatedDeltaNetState):
         assert attention is not None
         groups = attention.num_kv_heads
-    specs = tensor_parallel.cache_specs(single, axes, groups, mesh)
+    specs = caches.cache_specs(single, axes, groups, mesh)
 
     def place(leaf, spec):
         spec = type(spec)(None, *spec) if stacked else spec

@@ -14,8 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gqa_jax.layers.moe import load_balancing_loss
 from gqa_jax.models.decoder import Decoder
-from gqa_jax.parallel import sharding
-from gqa_jax.parallel import tensor as tensor_parallel
+from gqa_jax.parallel import sharding, vocabulary
 from gqa_jax.parallel.sharding import MeshAxes
 from pallas_kernels import as_int32
 
@@ -48,8 +47,8 @@ def next_token_loss(
         raise ValueError(f"`real` must have shape {targets.shape}, got {real.shape}")
     if real is not None and real.dtype != bool:
         raise TypeError(f"`real` must be boolean, got {real.dtype}")
-    labels = tensor_parallel.as_labels("targets", targets, vocab_size=logits.shape[-1], real=real)
-    losses = tensor_parallel.cross_entropy(logits, labels, axes)
+    labels = vocabulary.as_labels("targets", targets, vocab_size=logits.shape[-1], real=real)
+    losses = vocabulary.cross_entropy(logits, labels, axes)
     return losses.sum() / jnp.maximum((labels >= 0).sum().astype(jnp.float32), 1.0)
 
 
@@ -197,7 +196,7 @@ def train_step(
     if isinstance(targets, np.ndarray) and not isinstance(segment_ids, jax.Array):
         vocab_size = state.params["embed"]["embedding"].shape[0]
         real = None if segment_ids is None else segment_ids >= 0
-        targets = tensor_parallel.as_labels("targets", targets, vocab_size=vocab_size, real=real)
+        targets = vocabulary.as_labels("targets", targets, vocab_size=vocab_size, real=real)
     output = _train_step(
         state,
         tokens,

@@ -133,6 +133,9 @@ def test_copy_is_stated():
     assert shared.data_ptr() == array.unsafe_buffer_pointer() != own.data_ptr()
 
 
+@pytest.mark.filterwarnings(
+    "ignore:torch.quantize_per_tensor:UserWarning"
+)  # deprecated by torch 2.15
 def test_tensors_without_dense_memory_are_named():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

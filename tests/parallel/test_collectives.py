@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from gqa_jax.layers.mlp import MLP
 from gqa_jax.parallel.context import ContextParallel, context_attention, context_gated_delta_rule
+from gqa_jax.parallel.layers import spread
 from gqa_jax.parallel.sharding import MeshAxes, shard_parameters
 from tests.support.hlo import collectives, count
 from tests.support.meshes import mesh
@@ -27,7 +28,7 @@ def test_a_tensor_parallel_block_makes_the_reductions_that_megatron_needs(residu
     """One forward and one backward; with a split residual stream, gathers and reduce-scatters in their place."""
     axes = MeshAxes(heads="tp", seq_residual=residual)
     the_mesh = mesh("auto", tp=4)
-    block = MLP(8, 16, rngs=nnx.Rngs(0), axes=axes)
+    block = spread(MLP(8, 16, rngs=nnx.Rngs(0)), axes=axes)
     with jax.set_mesh(the_mesh):
         block = shard_parameters(block, the_mesh, axes)
         x = jax.device_put(jnp.ones((2, 8, 8)), jax.NamedSharding(the_mesh, axes.residual))

@@ -19,9 +19,10 @@ from gqa_jax import (
     SelfAttention,
 )
 from gqa_jax.models.decoder_layer import DecoderLayer
-from gqa_jax.parallel import tensor as tp
+from gqa_jax.parallel import caches, region
 from gqa_jax.parallel.context import ContextParallel, context_attention
 from gqa_jax.parallel.context.affine import cheapest_exchange
+from gqa_jax.parallel.layers import spread
 from gqa_jax.parallel.sharding import MeshAxes, parameter_shardings
 from gqa_jax.planner import costs
 from pallas_kernels import aot
@@ -80,15 +81,18 @@ TOKENS = (2, 1024)
 
 
 def _block(mesh, *, axes: MeshAxes, differentiate: bool):
-    options: dict[str, Any] = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, axes=axes)
+    options: dict[str, Any] = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     block = _placed(lambda: DecoderLayer(BLOCK, 0, rngs=nnx.Rngs(0), **options), mesh, axes)
     x = _struct(mesh, axes.residual, *TOKENS, BLOCK.model_dim)
 
-    def loss(block, x):
-        return jnp.sum(jnp.sin(block(x)[0].astype(jnp.float32)))
+    def forward(block, x):
+        body, residual = (lambda block, x: block(x)[0]), axes.residual
+        return region.run(block, body, (x,), axes=axes, in_specs=(residual,), out_specs=residual)
 
-    run = jax.grad(loss, argnums=(0, 1)) if differentiate else lambda block, x: block(x)[0]
-    return run, (block, x)
+    def loss(block, x):
+        return jnp.sum(jnp.sin(forward(block, x).astype(jnp.float32)))
+
+    return jax.grad(loss, argnums=(0, 1)) if differentiate else forward, (block, x)
 
 
 @pytest.mark.parametrize("differentiate, explicit", [(False, False), (True, False), (True, True)])
@@ -200,9 +204,9 @@ def test_gated_deltanet_sends_states_and_gathers_no_activations():
     axes = MeshAxes(seq="cp")
 
     def build(mesh):
-        options: dict[str, Any] = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, axes=axes)
-        plan = ContextParallel(layout="contiguous")
-        make = lambda: GatedDeltaNet(DELTA, rngs=nnx.Rngs(0), context_parallel=plan, **options)
+        options: dict[str, Any] = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+        plan = dict(axes=axes, context_parallel=ContextParallel(layout="contiguous"))
+        make = lambda: spread(GatedDeltaNet(DELTA, rngs=nnx.Rngs(0), **options), **plan)
         layer = _placed(make, mesh, axes)
         return lambda layer, x: layer(x), (layer, _struct(mesh, axes.residual, 1, 8 * 256, 256))
 
@@ -231,12 +235,12 @@ def test_a_decode_step_sends_a_tenth_of_a_mebibyte_and_keeps_its_cache_in_place(
     batch, capacity = 4, 131072
 
     def build(mesh):
-        options: dict[str, Any] = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, axes=axes)
-        plan = ContextParallel()
-        make = lambda: SelfAttention(config, rngs=nnx.Rngs(0), context_parallel=plan, **options)
+        options: dict[str, Any] = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+        plan = dict(axes=axes, context_parallel=ContextParallel())
+        make = lambda: spread(SelfAttention(config, rngs=nnx.Rngs(0), **options), **plan)
         layer = _placed(make, mesh, axes)
         cache = jax.eval_shape(lambda: make().init_cache(batch, capacity))
-        specs = tp.cache_specs(cache, axes, 2, mesh)
+        specs = caches.cache_specs(cache, axes, 2, mesh)
         place = lambda leaf, spec: _struct(mesh, spec, *leaf.shape, dtype=leaf.dtype)
         cache = jax.tree.map(place, cache, specs)
         x = _struct(mesh, axes.without_seq.residual, batch, 1, 2048)

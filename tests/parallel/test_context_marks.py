@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gqa_jax import AttentionConfig, Decoder, GatedDeltaNet, SelfAttention, masks
+from gqa_jax.parallel import layers
 from gqa_jax.parallel.context import ContextParallel, from_layout, to_layout
 from gqa_jax.parallel.sharding import MeshAxes
 from tests.support.compare import assert_close
@@ -33,10 +34,8 @@ WRONG = {
 
 
 def spread(name, layout, mode="all_gather"):
-    cls, config = CONFIGS[name]
-    return random_layer(
-        cls, config, axes=AXES, context_parallel=ContextParallel(layout=layout, mode=mode)
-    )
+    plan = ContextParallel(layout=layout, mode=mode)
+    return layers.spread(random_layer(*CONFIGS[name]), axes=AXES, context_parallel=plan)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ from gqa_jax import (
     stream,
 )
 from gqa_jax.models.decoder_layer import Embedding
-from gqa_jax.parallel import tensor as tp
+from gqa_jax.parallel import caches, vocabulary
 from gqa_jax.parallel.context import ContextParallel, from_layout, to_layout
+from gqa_jax.parallel.layers import spread
 from gqa_jax.parallel.sharding import (
     MeshAxes,
     parameter_shardings,
@@ -114,7 +115,7 @@ def test_training_loss_and_gradients(kind, tied):
 
     def loss_spread(decoder, data):
         logits = logits_of(decoder, data)
-        return jnp.sum(tp.cross_entropy(logits, data["labels"], AXES)), logits
+        return jnp.sum(vocabulary.cross_entropy(logits, data["labels"], AXES)), logits
 
     with jax.set_mesh(the_mesh):
         spread = shard_parameters(_like(spread, alone), the_mesh, AXES)
@@ -140,7 +141,7 @@ def test_training_loss_and_gradients(kind, tied):
 
 def test_ids_outside_the_vocabulary_are_nan():
     axes = MeshAxes(heads="tp")
-    table = Embedding(24, 16, rngs=nnx.Rngs(0), axes=axes)
+    table = spread(Embedding(24, 16, rngs=nnx.Rngs(0)), axes=axes)
     with jax.set_mesh(mesh("auto", tp=2)):
         x = jax.jit(lambda table, tokens: table(tokens))(
             table, jnp.asarray([[0, 23, 24, -1]], jnp.int32)
@@ -168,7 +169,7 @@ def test_decoding_with_ragged_rows(kind, scan):
     cache, step = alone.init_cache(2, 32), jax.jit(lambda d, t, c, n: d.step(t, c, lengths=n))
     with jax.set_mesh(the_mesh):
         spread = shard_parameters(_like(spread, alone), the_mesh, AXES)
-        cache_spread = tp.shard_cache(spread.init_cache(2, 32), spread)
+        cache_spread = caches.shard_cache(spread.init_cache(2, 32), spread)
     for num_new, lengths in ((12, [12, 7]), (1, [1, 1]), (1, [0, 1])):
         tokens = jnp.asarray(rng.integers(0, 24, (2, num_new)), jnp.int32)
         real = np.arange(num_new)[None] < np.asarray(lengths)[:, None]
@@ -224,7 +225,9 @@ def test_inside_a_shard_map_of_the_user(kind):
         def local(leaves, tokens, labels, places):
             decoder = jax.tree.unflatten(treedef, leaves)
             logits = decoder(tokens, positions=places)
-            return jax.lax.psum(tp.cross_entropy(logits, labels, AXES).sum(), ("fsdp", "cp"))
+            return jax.lax.psum(
+                vocabulary.cross_entropy(logits, labels, AXES).sum(), ("fsdp", "cp")
+            )
 
         run = jax.shard_map(local, in_specs=(specs, *(AXES.tokens,) * 3), out_specs=jax.P())
         place = lambda x: jax.device_put(
@@ -287,11 +290,12 @@ def test_a_step_moves_little_and_writes_in_place():
         model_dim=64, num_heads=8, num_kv_heads=2, head_dim=16, sinks="learnable", sliding_window=64
     )
     axes = MeshAxes(seq="cp", heads="tp")
-    layer = SelfAttention(config, rngs=nnx.Rngs(0), axes=axes, context_parallel=ContextParallel())
+    layer = SelfAttention(config, rngs=nnx.Rngs(0))
+    layer = spread(layer, axes=axes, context_parallel=ContextParallel())
     the_mesh = mesh("auto", cp=4, tp=2)
     with jax.set_mesh(the_mesh):
         layer = shard_parameters(layer, the_mesh, axes)
-        cache = tp.shard_cache(layer.init_cache(2, 512), layer)
+        cache = caches.shard_cache(layer.init_cache(2, 512), layer)
         x = jnp.zeros((2, 1, 64))
         step = jax.jit(lambda layer, x, cache: layer.step(x, cache), donate_argnames=("cache",))
         text = step.lower(layer, x, cache).compile().as_text()

@@ -21,6 +21,7 @@ from gqa_jax import (
 from gqa_jax.layers.mlp import MLP
 from gqa_jax.layers.moe import MoE
 from gqa_jax.parallel.context import ContextParallel, from_layout, to_layout
+from gqa_jax.parallel.layers import spread
 from gqa_jax.parallel.sharding import (
     MeshAxes,
     parameter_shardings,
@@ -48,33 +49,35 @@ MESHES = {
 }
 
 
+def _on(layer, axes, plan=None):
+    return layer if axes is None else spread(layer, axes=axes, context_parallel=plan)
+
+
 def _attention(axes, plan, rich):
     config = AttentionConfig(
         model_dim=M, num_heads=4 * (2 if rich else 1), num_kv_heads=2, head_dim=8, rope=RopeConfig(theta=100.0),
         qkv_bias=rich, out_bias=rich, output_gate=rich, qk_norm="rms_zero_centred" if rich else "none",
         sinks="learnable" if rich else "none", sliding_window=5 if rich else None, dropout_rate=0.3 if rich else 0.0,
     )  # fmt: skip
-    return SelfAttention(
-        config, rngs=nnx.Rngs(1), keep_rngs=False, axes=axes, context_parallel=plan
-    )
+    return _on(SelfAttention(config, rngs=nnx.Rngs(1), keep_rngs=False), axes, plan)
 
 
 def _delta(axes, plan, rich):
     config = GatedDeltaNetConfig(
         model_dim=M, num_key_heads=4, num_value_heads=8 if rich else 4, key_head_dim=4, value_head_dim=3, conv_bias=rich
     )  # fmt: skip
-    return GatedDeltaNet(config, rngs=nnx.Rngs(2), axes=axes, context_parallel=plan)
+    return _on(GatedDeltaNet(config, rngs=nnx.Rngs(2)), axes, plan)
 
 
 def _mlp(axes, plan, rich):
-    return MLP(M, 24, rngs=nnx.Rngs(3), axes=axes)
+    return _on(MLP(M, 24, rngs=nnx.Rngs(3)), axes)
 
 
 def _moe(axes, plan, rich):
     config = MoEConfig(
         num_experts=4, num_experts_per_token=2, intermediate_size=8, shared_intermediate_size=8 if rich else None
     )  # fmt: skip
-    return MoE(config, M, rngs=nnx.Rngs(4), axes=axes)
+    return _on(MoE(config, M, rngs=nnx.Rngs(4)), axes)
 
 
 def _adapted(axes, plan, rich):
@@ -94,7 +97,7 @@ def _cross(axes, plan, rich):
         rope=RopeConfig(theta=100.0) if rich else None, qkv_bias=rich, out_bias=rich, output_gate=rich,
         qk_norm="rms" if rich else "none", sinks="learnable" if rich else "none", dropout_rate=0.0 if rich else 0.3,
     )  # fmt: skip
-    return CrossAttention(config, memory_dim=12, rngs=nnx.Rngs(5), keep_rngs=False, axes=axes)
+    return _on(CrossAttention(config, memory_dim=12, rngs=nnx.Rngs(5), keep_rngs=False), axes)
 
 
 KINDS = {
@@ -135,11 +138,10 @@ def _run(module, x, positions, ids, drops):
         case SelfAttention():
             return module(x, positions=positions, segment_ids=ids, **drop), ()
         case GatedDeltaNet():
-            any_order = (
-                module.context_parallel is not None
-                and module.context_parallel.layout == "positions"
-            )
-            return module(x, positions=positions if any_order else None, segment_ids=ids), ()
+            plan = getattr(module, "context_parallel", None)
+            any_order = plan is not None and plan.layout == "positions"
+            places = dict(positions=positions) if any_order else {}
+            return module(x, segment_ids=ids, **places), ()
         case MoE():
             out, statistics = module.with_statistics(x, real=None if ids is None else ids >= 0)
             return out, tuple(statistics)
@@ -161,7 +163,7 @@ def test_equals_one_device(case):
     rng = np.random.default_rng(CASES.index(case))
     sizes, axes = MESHES[case["mesh"]]
     batch, length = 4, 24
-    spread = sizes.get("cp", 1)
+    parts = sizes.get("cp", 1)
     plan = None if axes.seq is None else ContextParallel(layout=case["layout"])
     build = KINDS[case["kind"]]
     alone = _randomised(build(None, None, case["rich"]), rng)
@@ -192,8 +194,8 @@ def test_equals_one_device(case):
         put, back = (lambda x: x[:, order]), (lambda x: np.asarray(x)[:, np.argsort(order)])
     else:
         layout = "contiguous" if plan is None else plan.layout
-        put = lambda x: to_layout(x, axis_size=spread, layout=layout)
-        back = lambda x: from_layout(np.asarray(x), axis_size=spread, layout=layout)
+        put = lambda x: to_layout(x, axis_size=parts, layout=layout)
+        back = lambda x: from_layout(np.asarray(x), axis_size=parts, layout=layout)
     the_mesh = mesh(case["axis_type"], **sizes)
     module = build(axes, plan, case["rich"])
     leaves = jax.tree.leaves(alone)
@@ -230,8 +232,7 @@ def test_the_largest_logits_are_recorded_and_clipped(name, kind):
         model_dim=M, num_heads=8, num_kv_heads=2, head_dim=8, qkv_bias=True, output_gate=True
     )
     alone = _randomised(SelfAttention(config, rngs=nnx.Rngs(0)), rng)
-    spread = SelfAttention(config, rngs=nnx.Rngs(0), axes=axes, context_parallel=plan)
-    spread = jax.tree.unflatten(jax.tree.structure(spread), jax.tree.leaves(alone))
+    on_mesh = spread(alone, axes=axes, context_parallel=plan)
     x = rng.normal(size=(4, 24, M)).astype(np.float32)
     ids = np.sort(rng.integers(-1, 3, (4, 24)), axis=1).astype(np.int32)
     record = jax.jit(
@@ -246,11 +247,11 @@ def test_the_largest_logits_are_recorded_and_clipped(name, kind):
     the_mesh = mesh(kind, **sizes)
     put = lambda x: to_layout(x, axis_size=sizes.get("cp", 1))
     with jax.set_mesh(the_mesh):
-        spread = shard_parameters(spread, the_mesh, axes)
+        on_mesh = shard_parameters(on_mesh, the_mesh, axes)
         place = lambda x, spec: jax.device_put(put(x), NamedSharding(the_mesh, spec))
-        got, recorded = record(spread, place(x, axes.residual), place(ids, axes.tokens))
+        got, recorded = record(on_mesh, place(x, axes.residual), place(ids, axes.tokens))
         (largest,) = recorded["max_logits"]
-        qk_clip.clip_layer(spread, largest, threshold=threshold)
+        qk_clip.clip_layer(on_mesh, largest, threshold=threshold)
     _assert_equal(from_layout(np.asarray(got), axis_size=sizes.get("cp", 1)), want, "output")
     assert_close(largest, top, atol=1e-5, rtol=1e-5, what="largest logits")
     before = np.array(alone.qkv.kernel[...])
@@ -258,9 +259,9 @@ def test_the_largest_logits_are_recorded_and_clipped(name, kind):
     assert np.array_equal(before[:, 1], alone.qkv.kernel[...][:, 1]) or np.array_equal(
         before[:, 0], alone.qkv.kernel[...][:, 0]
     )
-    for a, b in zip(jax.tree.leaves(spread), jax.tree.leaves(alone), strict=True):
+    for a, b in zip(jax.tree.leaves(on_mesh), jax.tree.leaves(alone), strict=True):
         assert_close(a, b, atol=1e-6, rtol=1e-6, what="clipped")
-    kernel = spread.qkv.kernel[...]
+    kernel = on_mesh.qkv.kernel[...]
     spec = parameter_spec("qkv.kernel", kernel.shape, axes, the_mesh)
     assert kernel.sharding.is_equivalent_to(NamedSharding(the_mesh, spec), 4)
 
@@ -270,12 +271,10 @@ def test_a_call_without_jit():
     rng = np.random.default_rng(15)
     axes = MeshAxes(heads="tp")
     alone = _randomised(_attention(None, None, False), rng)
-    spread = _attention(axes, None, False)
-    spread = jax.tree.unflatten(jax.tree.structure(spread), jax.tree.leaves(alone))
     x = jnp.asarray(rng.normal(size=(2, 6, M)), jnp.float32)
     the_mesh = mesh("auto", tp=2)
     with jax.set_mesh(the_mesh):
-        got = shard_parameters(spread, the_mesh, axes)(x)
+        got = shard_parameters(spread(alone, axes=axes), the_mesh, axes)(x)
     _assert_equal(got, alone(x), "output")
 
 
@@ -287,13 +286,13 @@ def test_what_dropout_and_masks_cannot_have_is_said():
         return jax.eval_shape(lambda *inputs: layer(*inputs, **options), *inputs)
 
     config = AttentionConfig(model_dim=M, num_heads=8, num_kv_heads=4, head_dim=8, dropout_rate=0.1)
-    shared = SelfAttention(config, rngs=nnx.Rngs(0), axes=MeshAxes(heads=("tk", "tr")))
+    shared = spread(SelfAttention(config, rngs=nnx.Rngs(0)), axes=MeshAxes(heads=("tk", "tr")))
     with jax.set_mesh(mesh("auto", tk=2, tr=2)):
         call(shared, x, **drop)  # two groups go over each axis: nobody shares
     config = AttentionConfig(
         model_dim=M, num_heads=12, num_kv_heads=6, head_dim=8, dropout_rate=0.1
     )
-    shared = SelfAttention(config, rngs=nnx.Rngs(0), axes=MeshAxes(heads=("tk", "tr")))
+    shared = spread(SelfAttention(config, rngs=nnx.Rngs(0)), axes=MeshAxes(heads=("tk", "tr")))
     with jax.set_mesh(mesh("auto", tk=3, tr=2)):
         call(shared, x, **drop)
     with jax.set_mesh(mesh("auto", tk=2, tr=2)):

@@ -144,7 +144,7 @@ def test_what_a_mesh_cannot_do_is_refused_in_the_words_of_the_layers():
     require()
     cases = [
         (dict(mesh={"tp": 8}), r"A_log` must be a multiple of 8 \(mesh axes \('tp_kv', 'tp_q'\)\), got shape"),
-        (dict(mesh={"cp": 8}, length=40), r"`x` must have a length that is a multiple of 16"),
+        (dict(mesh={"cp": 8}, length=40), r"`tokens` must have a length that is a multiple of 16"),
         (dict(mesh={"fsdp": 8}, batch=3), r"`batch` must be a multiple of 8 \(mesh \{'fsdp': 8\}\)"),
         (dict(mesh={"dp": 9}), "`devices` must be 1..8 or a multiple of 8, got 9"),
         (dict(mesh={"cp": 8}, mode="a2a"), "mode 'a2a' must have a multiple of 8 key/value heads"),

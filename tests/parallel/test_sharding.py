@@ -23,6 +23,7 @@ from gqa_jax import (
 )
 from gqa_jax.layers.mlp import MLP
 from gqa_jax.parallel.context import ContextParallel, from_layout, to_layout
+from gqa_jax.parallel.layers import spread
 from gqa_jax.parallel.sharding import MeshAxes
 from gqa_jax.train.step import TrainState, train_step
 from tests.support.compare import assert_bitwise_equal, assert_close
@@ -146,16 +147,17 @@ def test_errors_name_the_numbers():
     ):
         MeshAxes(heads="tp", seq_residual="cp")
     with pytest.raises(ValueError, match="must be used under `jax.set_mesh"):
-        MLP(8, 8, rngs=nnx.Rngs(0), axes=axes)(jnp.zeros((1, 2, 8)))
+        spread(MLP(8, 8, rngs=nnx.Rngs(0)), axes=axes)(jnp.zeros((1, 2, 8)))
     with pytest.raises(
         ValueError, match="`context_parallel` and `axes.seq` must be given together"
     ):
-        SelfAttention(ATTENTION, rngs=nnx.Rngs(0), axes=MeshAxes(seq="cp"))
+        spread(SelfAttention(ATTENTION, rngs=nnx.Rngs(0)), axes=MeshAxes(seq="cp"))
     for field, value in (("mode", "p2p"), ("layout", "striped"), ("state_exchange", "tree")):
         with pytest.raises(ValueError, match=f"`{field}` must be one of .*, got '{value}'"):
             ContextParallel(**{field: value})
-    spread = dict(axes=MeshAxes(batch="dp", seq="cp"), context_parallel=ContextParallel())
-    layer = SelfAttention(ATTENTION, rngs=nnx.Rngs(0), **spread)
+    axes = MeshAxes(batch="dp", seq="cp")
+    layer = SelfAttention(ATTENTION, rngs=nnx.Rngs(0))
+    layer = spread(layer, axes=axes, context_parallel=ContextParallel())
     with jax.set_mesh(mesh("auto", dp=2, cp=4)):
         with pytest.raises(
             ValueError, match=r"length that is a multiple of 8 \(mesh axes \('cp',\)\), got T=12"

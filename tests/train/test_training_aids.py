@@ -21,6 +21,7 @@ from gqa_jax import (
     qk_clip,
     recompute,
 )
+from gqa_jax.layers import records
 from gqa_jax.train import replica_check
 from pallas_kernels import gqa_attention_with_lse
 from tests.support.compare import assert_bitwise_equal, assert_close
@@ -152,7 +153,7 @@ def explicit_max_logits(query, key, scale, visible):
     "is_causal, window, scale", [(True, None, None), (True, 3, 0.7), (False, None, 2.0)]
 )
 def test_max_logits_equal_the_explicit_maximum(is_causal, window, scale, monkeypatch):
-    monkeypatch.setattr(qk_clip, "KEY_BLOCK", 4)  # 11 keys: two whole blocks and one moved back
+    monkeypatch.setattr(records, "KEY_BLOCK", 4)  # 11 keys: two whole blocks and one moved back
     query, key = draw(1, 2, 11, 6, 8), draw(2, 2, 11, 3, 8)
     ids = jnp.asarray([[0] * 6 + [1] * 5, [-1] * 2 + [0] * 9])
     distance = np.subtract.outer(np.arange(11), np.arange(11))

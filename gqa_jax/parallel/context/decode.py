@@ -1,8 +1,10 @@
 """Decoding from a key/value cache whose tokens are spread over devices: the owner writes, partial softmaxes merge."""
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
@@ -14,6 +16,9 @@ from gqa_jax.parallel.sharding import cast_like
 from pallas_kernels import gqa_attention_with_lse
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["part"], meta_fields=["axis_name"]
+)
 @dataclasses.dataclass(frozen=True)
 class SpreadKVCache:
     """The cache interface of a layer's `step`, on the part that one device holds. Inside `shard_map`.

@@ -1,4 +1,4 @@
-"""Embedding, output projection and loss over a vocabulary that is split: nothing of size V is ever gathered."""
+"""Loss over a vocabulary that may be split over devices: nothing of size V is ever gathered."""
 
 from typing import Any
 
@@ -11,68 +11,6 @@ from jaxtyping import Array, Float, Int
 
 from gqa_jax.parallel import sharding
 from gqa_jax.parallel.sharding import MeshAxes, names
-from gqa_jax.parallel.tensor.on_mesh import gather_tokens, laid_out, sum_over_heads
-
-
-def embed(layer: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T M"]:
-    """Rows of a table whose vocabulary is split: each device looks up what it holds, the rest adds zeros."""
-    axes = layer.axes
-    mesh = sharding.current_mesh(axes)
-    table = layer.embedding[...]
-    spec = sharding.parameter_spec("embedding", table.shape, axes, mesh)
-
-    def run(table, tokens):
-        table = _gather_width(table, axes, dim=1)
-        part = lax.axis_index(names(axes.heads)) if names(axes.heads) else 0
-        row = tokens - part * table.shape[0]
-        held = (row >= 0) & (row < table.shape[0])
-        found = table.at[jnp.where(held, row, 0)].get(mode="clip")
-        found = jnp.where(held[..., None], found, jnp.zeros_like(found))
-        out = sum_over_heads(found.astype(layer.dtype or table.dtype), axes)
-        known = (tokens >= 0) & (tokens < table.shape[0] * sharding.size(axes.heads, mesh))
-        if axes.seq_residual is not None:
-            length = out.shape[1]
-            known = lax.dynamic_slice_in_dim(known, part * length, length, axis=1)
-        return jnp.where(known[..., None], out, jnp.asarray(jnp.nan, out.dtype))
-
-    if sharding.is_manual(axes):
-        return run(table, tokens)
-    in_specs = (spec, axes.tokens)
-    arguments = laid_out((table, tokens), in_specs)
-    return jax.shard_map(run, in_specs=in_specs, out_specs=axes.residual)(*arguments)
-
-
-def logits(
-    x: Float[Array, "B T M"], kernel: Array, axes: MeshAxes, *, tied: bool, dtype: Any = None
-) -> Float[Array, "B T V"]:
-    """Output projection; each device returns its part of the vocabulary.
-
-    Args:
-      x: `[B, T, M]`, laid out as the residual stream.
-      kernel: `[M, V]`, or the embedding `[V, M]` if `tied`.
-      axes: names of mesh axes.
-      tied: which of the two.
-      dtype: of accumulation and result; None means that of x.
-    """
-    mesh = sharding.current_mesh(axes)
-    name = "embedding" if tied else "lm_head.kernel"
-    spec = sharding.parameter_spec(name, kernel.shape, axes, mesh)
-
-    def run(x, kernel):
-        x = gather_tokens(x, axes)
-        kernel = _gather_width(kernel, axes, dim=1 if tied else 0).astype(x.dtype)
-        formula = "btm,vm->btv" if tied else "btm,mv->btv"
-        return jnp.einsum(formula, x, kernel, preferred_element_type=dtype or x.dtype)
-
-    if sharding.is_manual(axes):
-        return run(x, kernel)
-    in_specs = (axes.residual, spec)
-    arguments = laid_out((x, kernel), in_specs)
-    return jax.shard_map(run, in_specs=in_specs, out_specs=axes.logits)(*arguments)
-
-
-def _gather_width(kernel: Array, axes: MeshAxes, *, dim: int) -> Array:
-    return lax.all_gather(kernel, names(axes.embed), axis=dim, tiled=True) if axes.embed else kernel
 
 
 def cross_entropy(
@@ -123,7 +61,7 @@ def cross_entropy(
     if axes is None or sharding.is_manual(axes):
         return run(logits, labels)
     in_specs = (axes.logits, axes.tokens)
-    arguments = laid_out((logits, labels), in_specs)
+    arguments = sharding.laid_out((logits, labels), in_specs)
     return jax.shard_map(run, in_specs=in_specs, out_specs=axes.tokens)(*arguments)
 
 
