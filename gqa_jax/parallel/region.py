@@ -84,7 +84,11 @@ def run(
 def localize(
     module: Any, axes: MeshAxes, mesh: Any, context_parallel: ContextParallel | None
 ) -> None:
-    """Makes a copy of a module, whose arrays are this device's parts, the module of this device's share."""
+    """Makes a copy of a module, whose arrays are this device's parts, the module of this device's share.
+
+    Raises:
+      TypeError: a subclass of a class whose work crosses devices.
+    """
     if context_parallel is not None:
         context_parallel = dataclasses.replace(context_parallel, axis_name=names(axes.seq))
     children: list[Any] = [child for _, child in nnx.iter_modules(module)]
@@ -111,11 +115,28 @@ def localize(
             projection = getattr(child, name, None)
             if isinstance(projection, LoRAProjection):
                 projection.split_over = names(axes.heads)
-        if type(child) in _ACROSS_DEVICES:
-            become(child, _ACROSS_DEVICES[type(child)], axes=axes)
-        elif context_parallel is not None and type(child) in _ACROSS_TOKENS:
-            become(child, _ACROSS_TOKENS[type(child)], context_parallel=context_parallel)
+        if counterpart := _counterpart(child, _ACROSS_DEVICES):
+            become(child, counterpart, axes=axes)
+        if context_parallel and (counterpart := _counterpart(child, _ACROSS_TOKENS)):
+            become(child, counterpart, context_parallel=context_parallel)
     _read_through(module, axes, (), {})
+
+
+def _counterpart(module: object, table: dict[type, type]) -> type | None:
+    """What a module of a class in the table becomes on a mesh, or None.
+
+    Raises:
+      TypeError: a subclass of such a class.
+    """
+    for alone, counterpart in table.items():
+        if isinstance(module, alone):
+            if type(module) is not alone:
+                raise TypeError(
+                    f"a module on a mesh must be {alone.__name__} itself, got its subclass {type(module).__name__}: "
+                    "what it does across devices is not known"
+                )
+            return counterpart
+    return None
 
 
 def become(module: object, cls: type, **attributes: object) -> None:

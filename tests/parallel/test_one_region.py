@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gqa_jax import AttentionConfig, Decoder, DecoderConfig, MeshAxes
+from gqa_jax import AttentionConfig, Decoder, DecoderConfig, MeshAxes, SelfAttention, spread
 from gqa_jax.parallel.context import ContextParallel
 from gqa_jax.parallel.sharding import shard_parameters
 from tests.support.meshes import mesh
@@ -91,3 +91,27 @@ def test_fsdp_gathers_one_layer_at_a_time():
     more = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
     # What grows: each layer's input, which the backward reads, and its share of the gradient; not gathered weights.
     assert more < 6 * layer
+
+
+def test_a_subclass_whose_work_might_cross_devices_is_refused():
+    class Own(SelfAttention):
+        pass
+
+    plan = ContextParallel()
+    decoder = Decoder(_config(1), rngs=nnx.Rngs(0), axes=AXES, context_parallel=plan)
+    decoder.layers[0].mixer = Own(ATTENTION, rngs=nnx.Rngs(0))
+    refused = pytest.raises(TypeError, match="must be SelfAttention itself, got its subclass Own")
+    with jax.set_mesh(mesh("auto", fsdp=2, cp=2, tp=2)), refused:
+        jax.eval_shape(decoder, jnp.zeros((2, 16), jnp.int32))
+    with pytest.raises(TypeError, match="`layer` must be one of SelfAttention, .* got Own"):
+        spread(Own(ATTENTION, rngs=nnx.Rngs(0)), axes=MeshAxes(heads="tp"))
+
+
+def test_axes_that_name_nothing_change_nothing():
+    tokens = jnp.arange(8, dtype=jnp.int32)[None]
+    alone = Decoder(_config(1), rngs=nnx.Rngs(0))
+    nowhere = Decoder(_config(1), rngs=nnx.Rngs(0), axes=MeshAxes())
+    run = jax.jit(lambda decoder, tokens: decoder(tokens))
+    with jax.set_mesh(mesh("auto", tp=2)):
+        got = run(nowhere, tokens)
+    np.testing.assert_allclose(got, run(alone, tokens), atol=1e-6)
