@@ -145,7 +145,7 @@ def load(folder: Any):
 
         @staticmethod
         @torch.autograd.function.once_differentiable
-        def backward(ctx, *cotangents):
+        def backward(ctx, *cotangents):  # pyright: ignore[reportIncompatibleMethodOverride]
             if not differentiable:
                 raise RuntimeError(f"{manifest['name']} was exported without gradients")
             tensors = ctx.saved_tensors

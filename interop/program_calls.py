@@ -78,7 +78,7 @@ class JaxFunction(_SingleLevelFunction):
 
     @staticmethod
     @torch._dynamo.disable  # it would compile what runs between its graphs
-    def backward(ctx, *gradients):
+    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
         saved, count = ctx.saved_tensors, ctx.num_inputs
         inexact = ctx.program.inexact_outs
         cotangents = [gradients[i] for i in range(len(inexact)) if inexact[i]]

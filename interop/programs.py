@@ -44,7 +44,7 @@ class Source(NamedTuple):
     """Where the backward pass finds one leaf of a `jax.vjp` object: an input, an output or a residual, by index."""
 
     kind: str
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class Recipe(NamedTuple):

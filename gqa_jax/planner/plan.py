@@ -40,7 +40,7 @@ class Traffic(NamedTuple):
     asynchronous: bool
     overlapped: bool
     crosses_hosts: bool
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     result_bytes: int
     sent_bytes: int
     seconds: float

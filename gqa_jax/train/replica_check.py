@@ -29,7 +29,7 @@ class Mismatch(NamedTuple):
 
     path: str
     device: Any
-    index: tuple[slice, ...]
+    index: tuple[slice, ...]  # pyright: ignore[reportIncompatibleMethodOverride]
     agreeing: int
     differing: int
 

@@ -45,13 +45,14 @@ def attention(
     spoiled = jnp.swapaxes(spoiled.any(-1), 1, 2)  # [B, T, N]
 
     top = logits.max(axis=-1, initial=-jnp.inf)  # [B, N, T]
+    sinks = None
     if inputs.sinks is not None:
         sinks = jnp.broadcast_to(inputs.sinks.astype(compute)[:, None], top.shape)
         top = jnp.maximum(top, sinks)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
     weights = jnp.exp(logits - top[..., None])
     total = weights.sum(axis=-1)
-    if inputs.sinks is not None:
+    if sinks is not None:
         total = total + jnp.exp(sinks - top)
     empty = total == 0.0
     safe = jnp.where(empty, 1.0, total)

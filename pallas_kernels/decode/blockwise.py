@@ -106,13 +106,13 @@ def _pair(options: algebra.Options, of_pair, seen, sinks: jax.Array | None, is_c
     logits = jnp.where(visible.reshape(logits.shape), logits, -jnp.inf)
     top = logits.max(axis=-1)
     if sinks is not None:
-        sink = jnp.tile(sinks.astype(compute), num_new)
-        top = jnp.maximum(top, sink)
+        sinks = jnp.tile(sinks.astype(compute), num_new)
+        top = jnp.maximum(top, sinks)
     top = jnp.where(jnp.isfinite(top), top, 0.0)
     weights = jnp.exp(logits - top[:, None])
     total = weights.sum(axis=-1)
     if sinks is not None:
-        total = total + jnp.exp(sink - top)
+        total = total + jnp.exp(sinks - top)
     if value_scale is not None:
         weights = weights * value_scale[None]
     out = product("qs,sd->qd", weights, value)

@@ -31,13 +31,14 @@ def decode_attention(operands: algebra.Operands, options: algebra.Options):
     seen = algebra.visible(operands.lengths, num_new, capacity, options.sliding_window)
     logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
     top = logits.max(axis=-1, keepdims=True)
+    sinks = None
     if operands.sinks is not None:
         sinks = operands.sinks.astype(compute).reshape(1, num_kv_heads, -1, 1, 1)
         top = jnp.maximum(top, sinks)
     top = jnp.where(jnp.isfinite(top), top, 0.0)
     weights = jnp.exp(logits - top)
     total = weights.sum(axis=-1, keepdims=True)
-    if operands.sinks is not None:
+    if sinks is not None:
         total = total + jnp.exp(sinks - top)
     weights = weights / jnp.where(total == 0.0, 1.0, total)
     if operands.value_scale is not None:

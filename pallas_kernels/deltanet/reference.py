@@ -36,6 +36,7 @@ def step(options: Options, inputs: Inputs, state: jax.Array, slots: jax.Array | 
     convolved = convolved.reshape(mixed.shape)
     query, key = convolved[..., :key_dim], convolved[..., key_dim : 2 * key_dim]
     value = convolved[..., 2 * key_dim :].reshape(batch, length, value_heads, value_dim)
+    pads = None
     if segment_ids is not None:
         pads = (segment_ids < 0)[..., None]
         logits = jnp.where(pads[..., None], jnp.zeros((), inputs.logits.dtype), inputs.logits)
@@ -46,7 +47,7 @@ def step(options: Options, inputs: Inputs, state: jax.Array, slots: jax.Array | 
         inputs.dt_bias,
         allow_negative_eigenvalues=options.allow_negative_eigenvalues,
     )
-    if segment_ids is not None:  # g = 0 and beta = 0 leave the state as it is
+    if pads is not None:  # g = 0 and beta = 0 leave the state as it is
         g, beta = (jnp.where(pads, jnp.zeros((), x.dtype), x) for x in (g, beta))
     out, state, states = delta_rule.recurrence(
         delta_rule.Options(options.scale, options.use_qk_l2norm, options.return_states),

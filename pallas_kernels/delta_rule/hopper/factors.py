@@ -100,10 +100,11 @@ def finish(shapes: Shapes, own: Any, name: str, factor: int, gradient) -> None:
         )
         for first in range(0, shapes.key_dim, COLUMNS)
     ]
+    along = None
     if shapes.use_qk_l2norm:
         along = sum((part * wide(place)).sum(axis=1) for place, part in parts)
         along = plgpu.layout_cast(across(along), MATRIX)
     for place, part in parts:
-        if shapes.use_qk_l2norm:
+        if along is not None:
             part = part - along * wide(place)
         place[...] = as_half((by_row(own.factors, factor) * part).astype(shapes.given))
