@@ -52,9 +52,7 @@ def sources() -> dict[str, str]:
 
 
 @functools.cache
-def imports() -> dict[str, set[str]]:
-    """File -> the dotted names that it imports."""
-
+def imports() -> dict[str, set[str]]:  # file -> dotted names
     def names(source: str) -> Iterator[str]:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Import):
@@ -66,7 +64,6 @@ def imports() -> dict[str, set[str]]:
 
 
 def rooms(name: str) -> list[str]:
-    """`gqa_jax/layers/mlp.py` -> `["gqa_jax", "layers", "mlp"]`."""
     return list(pathlib.PurePath(name).with_suffix("").parts)
 
 
