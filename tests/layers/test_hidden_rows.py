@@ -11,13 +11,13 @@ from flax import nnx
 from gqa_jax import (
     AttentionConfig,
     CrossAttention,
+    Decoder,
     GatedDeltaNet,
     MoE,
     SelfAttention,
     masks,
     qk_clip,
 )
-from gqa_jax.models.decoder_layer import DecoderLayer
 from tests.support.compare import assert_bitwise_equal, assert_close
 from tests.support.random_layers import draw, random_layer, randomise
 from tests.support.tiny_decoders import DELTA, HYBRID, MIXTURE, build, tokens
@@ -104,18 +104,23 @@ def test_a_decoder_with_a_padded_middle_equals_the_row_without_it(way):
 
 
 @pytest.mark.parametrize("mixture", [False, True])
-def test_a_decoder_layer_hides_padding_from_its_blocks(mixture):
+def test_a_decoder_hides_what_stands_on_padding_from_its_layers(mixture):
+    """The table's row of the token that stands there is not finite."""
     config = dataclasses.replace(HYBRID, moe=MIXTURE if mixture else None)
-    layer = randomise(DecoderLayer(config, 1, rngs=nnx.Rngs(0), param_dtype=jnp.float32))
-    x, hidden = draw(4, 2, 8, 16), (MIDDLE < 0)[..., None]
+    decoder = randomise(Decoder(config, rngs=nnx.Rngs(0)))
+    tokens = jnp.where(MIDDLE < 0, 7, jnp.arange(8, dtype=jnp.int32)[None] % 7)
 
-    def loss(layer, x):
-        out, router = layer(x, segment_ids=MIDDLE)
-        kept = jnp.where(hidden, 0.0, out).sum()
-        return kept if router is None else kept + router.probability[0]
+    def with_row(value):
+        copy = jax.tree.map(lambda x: x, decoder)
+        copy.embed.embedding.set_value(copy.embed.embedding[...].at[7].set(value))
+        return copy
+
+    def loss(decoder, tokens):
+        logits = decoder(tokens, segment_ids=MIDDLE)[..., :7]
+        return jnp.where((MIDDLE < 0)[..., None], 0.0, logits).sum()
 
     both = jax.jit(jax.value_and_grad(nnx.capture(loss, qk_clip.MaxLogits), has_aux=True))
-    results = both(layer, jnp.where(hidden, jnp.nan, x)), both(layer, x)
+    results = both(with_row(jnp.nan), tokens), both(with_row(0.0), tokens)
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         assert_bitwise_equal(a, b)
 

@@ -102,8 +102,6 @@ class Block:
         total = on.zeros() if self.bias is None else on.down(self.bias)
         for lag in range(shapes.width):
             window = on.load(self.tile, HALO - lag + offset).astype(jnp.float32)
-            # As in XLA, what is not finite meets no cotangent: 0 times NaN would be NaN.
-            window = jnp.where((window > -jnp.inf) & (window < jnp.inf), window, 0.0)
             if seen is not None:
                 window = jnp.where(on.across(seen & (1 << lag)) != 0, window, 0.0)
             total = total + on.down(self.weights[shapes.width - 1 - lag]) * window
