@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from tests.support.mosaic_gpu_interpreter import interpreted
 
 WAITS = ("barrier_wait", "wgmma_wait", "wait_smem_to_gmem", "commit_smem")
-COMPLAINT = r"found a race|accumulator still in flight|operations completed before"
+COMPLAINT = r"found a race|RACE DETECTED|accumulator still in flight|operations completed before"
 
 
 @dataclasses.dataclass(frozen=True)
